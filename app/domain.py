@@ -1,0 +1,140 @@
+"""The nouns every room speaks. No vendor is imported here.
+
+A *call* is what one client asks once. The engine gives an *answer* in one of two wire forms: a
+complete JSON body, or a stream of server-sent events. A *reply* is an answer plus what the service
+knows about it (from the cache or not, how old, what it cost).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class Endpoint(StrEnum):
+    """The paths whose answers are made by the model; the value is the HTTP path."""
+
+    CHAT = "/v1/chat/completions"
+    COMPLETIONS = "/v1/completions"
+    RESPONSES = "/v1/responses"
+    MESSAGES = "/v1/messages"
+    EMBEDDINGS = "/v1/embeddings"
+
+    @property
+    def label(self) -> str:
+        """Short name for metrics and logs: `chat`, `completions`, ..."""
+        return _LABELS[self]
+
+
+_LABELS = {
+    Endpoint.CHAT: "chat",
+    Endpoint.COMPLETIONS: "completions",
+    Endpoint.RESPONSES: "responses",
+    Endpoint.MESSAGES: "messages",
+    Endpoint.EMBEDDINGS: "embeddings",
+}
+
+
+class CacheStatus(StrEnum):
+    """What `x-cache` says: answered from a recording, generated, or kept apart from the cache."""
+
+    HIT = "hit"
+    MISS = "miss"
+    BYPASS = "bypass"
+
+
+class Form(StrEnum):
+    """The two wire forms of an answer."""
+
+    BODY = "body"
+    EVENTS = "events"
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks. Without keys everybody on loopback is the tenant `default`."""
+
+    tenant: str = "default"
+    key_id: str | None = None
+    is_admin: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request for an answer; `body` is the client's JSON object, less the `cache` object."""
+
+    endpoint: Endpoint
+    body: dict[str, Any]
+    caller: Caller
+    request_id: str
+
+    @property
+    def is_streaming(self) -> bool:
+        return self.body.get("stream") is True
+
+    @property
+    def wants_usage_event(self) -> bool:
+        """OpenAI's `stream_options.include_usage`: the client asked for the closing usage event."""
+        options = self.body.get("stream_options")
+        return isinstance(options, dict) and bool(options.get("include_usage"))
+
+
+@dataclass(slots=True)
+class Timings:
+    """Where the seconds of one call went; a phase that has not happened is None."""
+
+    cache_s: float | None = None
+    queue_s: float | None = None
+    prefill_s: float | None = None
+    decode_s: float | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+@dataclass(slots=True)
+class Answer:
+    """What the engine gives: `body` is one JSON document, `events` are complete SSE events.
+
+    Exactly one of the two is set. Each event is the bytes of one SSE event with its blank line, for
+    example `b'data: {...}\\n\\n'`. Whoever iterates `events` closes it (`aclosing`).
+    """
+
+    body: bytes | None = None
+    events: AsyncIterator[bytes] | None = None
+    timings: Timings = field(default_factory=Timings)
+
+
+@dataclass(slots=True)
+class Reply:
+    """An answer on its way to the client, with what its headers will say."""
+
+    answer: Answer
+    cache: CacheStatus
+    weights: str
+    key: str | None = None
+    age_s: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The weights that are served: what they are called, where they lie, and the digest that *is* them.
+
+    `digest` is the SHA-256 (hex) over the content of every file that can change an answer; `settings_digest`
+    covers what the engine was told about them (dtype, quantization, parsers, vLLM's version, ...).
+    `sampling_defaults` are the generation config's values for parameters that a call leaves out.
+    """
+
+    name: str
+    path: str
+    digest: str
+    settings_digest: str
+    sampling_defaults: dict[str, float]
+    created: int = 0
+    max_model_len: int | None = None
+
+    @property
+    def short(self) -> str:
+        """`name@digest`, the digest cut to 12 characters: for headers, logs and people."""
+        return f"{self.name}@{self.digest[:12]}"
