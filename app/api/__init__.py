@@ -1,0 +1,1 @@
+"""HTTP in and out, and nothing else: bodies, headers, statuses, streams, and the shape of errors."""

@@ -1,0 +1,275 @@
+"""One request for an answer, from its bytes to the last byte of the reply.
+
+A hit is sent by the task that uvicorn gave us. Only a generation pays for two more: one that notices the
+client leaving (and cancels the work, which frees the engine), one that keeps a silent stream alive.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from starlette.types import Receive, Scope, Send
+
+from app import wire
+from app.api.body import ClientLeft, read_object
+from app.cache.policy import directives
+from app.domain import CacheStatus, Call, Endpoint, Reply, Timings
+from app.errors import AppError, BadCall, Draining, EngineFailed, UnknownModel
+from app.gate.keys import Gate
+from app.observe import logs, metrics
+from app.service import Plan, Service
+from app.settings import Settings
+
+log = logging.getLogger(__name__)
+
+Headers = list[tuple[bytes, bytes]]
+
+
+class AnswerRoute:
+    """The ASGI app behind one of the endpoints that generate."""
+
+    def __init__(self, endpoint: Endpoint, service: Service, gate: Gate, settings: Settings) -> None:
+        self._endpoint = endpoint
+        self._service = service
+        self._gate = gate
+        self._settings = settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        began = time.perf_counter()
+        headers = dict(scope["headers"])
+        caller = self._gate.admit(presented_key(headers, allow_x_api_key=self._endpoint is Endpoint.MESSAGES))
+        try:
+            body = await read_object(scope, receive, self._settings)
+        except ClientLeft:
+            return
+        cache_control = headers.get(b"cache-control")
+        wanted = directives(cache_control and cache_control.decode("latin-1"), body.pop("cache", None))
+        call = Call(self._endpoint, self._checked(body), caller, logs.request_id.get() or "")
+
+        plan = self._service.plan(call, wanted)
+        reply = await self._service.recall(call, plan)
+        status = reply.cache if reply else CacheStatus.MISS if plan.slot else CacheStatus.BYPASS
+        fields = scope["refrain"]
+        fields |= {"cache": status.value, "tenant": caller.tenant}
+        if caller.key_id:
+            fields["key"] = caller.key_id
+        if reply is not None:
+            await _send(reply, send)
+            timings = reply.answer.timings
+        else:
+            timings = await self._generate(call, plan, receive, send)
+        if timings.completion_tokens is not None:
+            fields |= {"in": timings.prompt_tokens, "out": timings.completion_tokens}
+        _observe(status, timings, time.perf_counter() - began)
+
+    def _checked(self, body: dict[str, Any]) -> dict[str, Any]:
+        """What must hold before a key can be made: the model is ours, `stream` is a boolean."""
+        model = body.get("model")
+        if model is not None and not isinstance(model, str):
+            raise BadCall("`model` must be a string", param="model")
+        if model is not None and model != self._service.weights.name:
+            raise UnknownModel(
+                f"the model `{model}` does not exist here; this server serves `{self._service.weights.name}`",
+                param="model",
+            )
+        if not isinstance(body.get("stream", False), bool | None):
+            raise BadCall("`stream` must be true or false", param="stream")
+        return body
+
+    async def _generate(self, call: Call, plan: Plan, receive: Receive, send: Send) -> Timings:
+        """Run the generation while its client is there. Raises what it raises, before the first byte."""
+        stream = _Stream(send, self._settings.keep_alive_s, self._early_headers(plan), call.endpoint)
+        work = asyncio.create_task(self._answer(call, plan, stream, send), name="answer")
+        gone = asyncio.create_task(_gone(receive), name="client-gone")
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                metrics.left.inc()
+                log.info("the client left; its generation ends")
+                return Timings()
+            return work.result()
+        except asyncio.CancelledError:  # the drain budget is spent
+            if stream.started:
+                with contextlib.suppress(Exception):
+                    await asyncio.shield(stream.fail(Draining("the server stopped before the answer was complete")))
+            raise
+        finally:
+            for task in (work, gone):
+                task.cancel()
+            await asyncio.wait({work, gone})
+
+    async def _answer(self, call: Call, plan: Plan, stream: _Stream, send: Send) -> Timings:
+        if not call.is_streaming:
+            reply = await self._service.generate(call, plan)
+            await _send(reply, send)
+            return reply.answer.timings
+        async with stream.kept_alive():
+            try:
+                reply = await self._service.generate(call, plan)
+                assert reply.answer.events is not None  # noqa: S101 - a streaming call
+                async with aclosing(reply.answer.events) as events:  # type: ignore[type-var]
+                    await stream.run(reply, events)
+            except AppError as error:
+                if not stream.started:
+                    raise
+                log.warning("a stream ended with an error: %s", error.message)
+                await stream.fail(error)
+                return Timings()
+            return reply.answer.timings
+
+    def _early_headers(self, plan: Plan) -> Headers:
+        """For a stream that starts with a keep-alive, before the engine has said anything."""
+        status = CacheStatus.MISS if plan.slot and plan.may_write else CacheStatus.BYPASS
+        key = plan.slot.key if plan.slot else None
+        return _headers(status, self._service.weights.short, key, None, Timings(), b"text/event-stream")
+
+
+class _Stream:
+    """A response of server-sent events: started late, kept alive, ended by its last event or an error event."""
+
+    def __init__(self, send: Send, keep_alive_s: float, early_headers: Headers, endpoint: Endpoint) -> None:
+        self._send = send
+        self._keep_alive_s = keep_alive_s
+        self._early_headers = early_headers
+        self._endpoint = endpoint
+        self._last_sent = time.monotonic()
+        self.started = False
+
+    async def run(self, reply: Reply, events: AsyncIterator[bytes]) -> None:
+        """Send the events as they come.
+
+        Raises:
+            AppError: the answer broke. It has no end then, and `fail` must tell the client so.
+        """
+        is_whole = False
+        async for event in events:
+            if not self.started:
+                await self._start(_reply_headers(reply, b"text/event-stream"))
+            is_whole = wire.is_last(self._endpoint, event)
+            if is_whole:
+                timing = server_timing(reply.answer.timings)
+                event = b": server-timing " + timing.encode() + b"\n\n" + event  # noqa: PLW2901
+            await self._write(event)
+        if not is_whole:
+            raise EngineFailed("the answer broke off before it was complete")
+        await self._end()
+
+    async def fail(self, error: AppError) -> None:
+        """One error event, and the end: never a silent cut, never a [DONE]."""
+        body = json.dumps(error.body(logs.request_id.get()), ensure_ascii=False).encode()
+        named = b"event: error\n" if self._endpoint in (Endpoint.MESSAGES, Endpoint.RESPONSES) else b""
+        await self._write(named + b"data: " + body + b"\n\n")
+        await self._end()
+
+    @contextlib.asynccontextmanager
+    async def kept_alive(self) -> AsyncIterator[None]:
+        ticking = asyncio.create_task(self._tick(), name="keep-alive")
+        try:
+            yield
+        finally:
+            ticking.cancel()
+
+    async def _tick(self) -> None:
+        while True:
+            silent_s = time.monotonic() - self._last_sent
+            if silent_s >= self._keep_alive_s:
+                if not self.started:
+                    await self._start(self._early_headers)
+                await self._write(b": keep-alive\n\n")
+                silent_s = 0.0
+            await asyncio.sleep(self._keep_alive_s - silent_s)
+
+    async def _start(self, headers: Headers) -> None:
+        self.started = True
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+
+    async def _write(self, data: bytes) -> None:
+        self._last_sent = time.monotonic()
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def _end(self) -> None:
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _send(reply: Reply, send: Send) -> None:
+    """A reply that is there already: a recording in either form, or a generated body."""
+    answer = reply.answer
+    if answer.body is not None:
+        headers = _reply_headers(reply, b"application/json")
+        headers.append((b"content-length", str(len(answer.body)).encode()))
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": answer.body})
+        return
+    assert answer.events is not None  # noqa: S101 - an answer has one form or the other
+    await send({"type": "http.response.start", "status": 200, "headers": _reply_headers(reply, b"text/event-stream")})
+    async for piece in answer.events:
+        await send({"type": "http.response.body", "body": piece, "more_body": True})
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def _gone(receive: Receive) -> None:
+    """Return when the client closes its side."""
+    while (await receive())["type"] != "http.disconnect":
+        continue
+
+
+def presented_key(headers: dict[bytes, bytes], *, allow_x_api_key: bool = False) -> str | None:
+    """The key of `Authorization: Bearer`, or of `x-api-key` where Anthropic's clients send it."""
+    scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+    if scheme.lower() == b"bearer" and token:
+        return token.strip().decode("latin-1")
+    if allow_x_api_key and (given := headers.get(b"x-api-key")):
+        return given.decode("latin-1")
+    return None
+
+
+def _reply_headers(reply: Reply, content_type: bytes) -> Headers:
+    return _headers(reply.cache, reply.weights, reply.key, reply.age_s, reply.answer.timings, content_type)
+
+
+def _headers(
+    cache: CacheStatus, weights: str, key: str | None, age_s: int | None, timings: Timings, content_type: bytes
+) -> Headers:
+    headers = [
+        (b"content-type", content_type + b"; charset=utf-8" if content_type.startswith(b"text/") else content_type),
+        (b"x-cache", cache.value.encode()),
+        (b"x-weights", weights.encode()),
+        (b"server-timing", server_timing(timings).encode()),
+    ]
+    if key is not None:
+        headers.append((b"x-cache-key", key.encode()))
+    if age_s is not None:
+        headers.append((b"age", str(age_s).encode()))
+    if content_type == b"text/event-stream":
+        # Proxies (nginx) would collect the stream before passing it on.
+        headers += [(b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]
+    return headers
+
+
+def server_timing(timings: Timings) -> str:
+    """W3C Server-Timing, milliseconds: the phases that are known by now."""
+    phases = (
+        ("cache", timings.cache_s),
+        ("queue", timings.queue_s),
+        ("prefill", timings.prefill_s),
+        ("decode", timings.decode_s),
+    )
+    known = [f"{name};dur={max(0.0, seconds) * 1000:.2f}" for name, seconds in phases if seconds is not None]
+    return ", ".join(known) or "cache;dur=0"
+
+
+def _observe(status: CacheStatus, timings: Timings, seconds: float) -> None:
+    metrics.duration.labels(status.value).observe(seconds)
+    for name in ("cache", "queue", "prefill", "decode"):
+        value = getattr(timings, f"{name}_s")
+        if value is not None:
+            metrics.phases.labels(name).observe(max(0.0, value))
+
+

@@ -1,0 +1,3 @@
+"""stub"""
+from fastapi import FastAPI
+def mount_docs(app: FastAPI) -> None: ...

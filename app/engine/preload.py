@@ -1,0 +1,30 @@
+"""What the fork server loads before any engine core is forked from it, and what each core does first.
+
+A core that vLLM spawns imports everything again, about 7 s; one that is forked from a warm server
+starts at once, also after a crash. The fork server ends when our process ends, however that happens,
+and every core asks the kernel to be killed with it: no core outlives us to spin and hold memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+
+from app.lifeline import die_with_parent
+
+def _in_core() -> None:
+    with contextlib.suppress(PermissionError):  # already a session leader
+        os.setsid()  # the terminal's Ctrl-C is for the server, which drains; the core must finish first
+    die_with_parent(signal.SIGKILL)
+
+
+if os.environ.get("_REFRAIN_FORKSERVER") == "1":
+    os.register_at_fork(after_in_child=_in_core)
+    import vllm.v1.engine.async_llm
+    import vllm.v1.engine.core
+    import vllm.v1.executor.uniproc_executor
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        import vllm.v1.worker.cpu_worker  # noqa: F401

@@ -1,0 +1,263 @@
+"""An engine without a model: says what it is told, when it is told.
+
+Left alone it answers every call with a text that follows from its body, at a fixed rate: a whole service
+on a laptop without vLLM, and load tests whose engine costs nothing. Driven, it is the tests' engine: the test
+holds each call and says the next word, finishes or fails it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import json
+import time
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+from typing import Any, NamedTuple
+
+from app import wire
+from app.domain import Answer, Call, Endpoint, Timings, Weights
+from app.engine.base import EngineState, Phase
+from app.engine.schema import refuse_misfits
+from app.errors import AppError, EngineDown, NotFound, UnsupportedEndpoint
+from app.settings import Settings
+
+_WORDS = "the cache remembers what the engine said and says it again without a second thought".split()
+
+
+class Script:
+    """One call in the hands of a test: `say` words, then `finish`, or `fail`."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.was_aborted = False
+        self._said: list[str] = []
+        self._next: asyncio.Queue[str | AppError | None] = asyncio.Queue()
+
+    def say(self, text: str) -> None:
+        self._next.put_nowait(text)
+
+    def finish(self) -> None:
+        self._next.put_nowait(None)
+
+    def fail(self, error: AppError) -> None:
+        self._next.put_nowait(error)
+
+    async def words(self) -> AsyncGenerator[str, None]:
+        while (said := await self._next.get()) is not None:
+            if isinstance(said, AppError):
+                raise said
+            yield said
+
+
+class ScriptedEngine:
+    """`calls` are all that were ever asked for; in driven mode the test takes each from `asked`."""
+
+    def __init__(self, settings: Settings, weights: Weights, *, is_driven: bool = False, is_ready: bool = True) -> None:
+        self.state = EngineState()
+        self.calls: list[Call] = []
+        self.asked: asyncio.Queue[Script] = asyncio.Queue()
+        self.running = 0
+        self._weights = weights
+        self._is_driven = is_driven
+        self._is_ready = is_ready
+        self._seconds_per_token = 1 / settings.scripted_tokens_per_s
+
+    async def start(self) -> None:
+        if self._is_ready:
+            self.state.become(Phase.READY, "scripted")
+
+    async def close(self) -> None:
+        self.state.become(Phase.DRAINING, "closing")
+
+    async def answer(self, call: Call) -> Answer:
+        if self.state.phase is Phase.FAILED:
+            raise EngineDown("the engine is down", retry_after_s=5)
+        if call.endpoint is Endpoint.EMBEDDINGS:
+            raise UnsupportedEndpoint("the served model does not support embeddings")
+        refuse_misfits(call.endpoint.value, call.body)
+        self.calls.append(call)
+        script = Script(call)
+        if self._is_driven:
+            self.asked.put_nowait(script)
+        timings = Timings(queue_s=0.0)
+        words = script.words() if self._is_driven else self._at_a_rate(call)
+        if call.is_streaming:
+            return Answer(events=self._streamed(call, words, script, timings), timings=timings)
+        said = [word async for word in self._counted(words, script, timings)]
+        name = _Name(wire.new_id(call.endpoint), int(time.time()), self._weights.name)
+        return Answer(body=_dump(_body(call, said, name)), timings=timings)
+
+    async def _streamed(
+        self, call: Call, words: AsyncGenerator[str, None], script: Script, timings: Timings
+    ) -> AsyncGenerator[bytes, None]:
+        """Chunks as they are said. The events that open and close come from a body, cut up as for a replay."""
+        said: list[str] = []
+        name = _Name(wire.new_id(call.endpoint), int(time.time()), self._weights.name)
+        numbers = itertools.count()
+        async with aclosing(self._counted(words, script, timings)) as counted:
+            async for word in counted:
+                said.append(word)
+                opening, deltas, _ = _cut(call, [word], name)
+                for event in (*opening, *deltas) if len(said) == 1 else deltas:
+                    yield _numbered(call.endpoint, event, numbers)
+        opening, _, closing = _cut(call, said or [" "], name)
+        for event in closing if said else (*opening, *closing):
+            yield _numbered(call.endpoint, event, numbers)
+
+    async def _counted(
+        self, words: AsyncGenerator[str, None], script: Script, timings: Timings
+    ) -> AsyncGenerator[str, None]:
+        began, first = time.perf_counter(), None
+        self.running += 1
+        timings.prompt_tokens, timings.completion_tokens = _prompt_tokens(script.call), 0
+        try:
+            async with aclosing(words):
+                async for word in words:
+                    first = first or time.perf_counter()
+                    timings.completion_tokens += 1
+                    timings.prefill_s, timings.decode_s = first - began, time.perf_counter() - first
+                    yield word
+        except (asyncio.CancelledError, GeneratorExit):
+            script.was_aborted = True
+            raise
+        finally:
+            self.running -= 1
+
+    async def _at_a_rate(self, call: Call) -> AsyncGenerator[str, None]:
+        seed = hashlib.sha256(json.dumps(call.body, sort_keys=True).encode()).digest()
+        limit = call.body.get("max_tokens") or call.body.get("max_completion_tokens") or 16
+        for index in range(min(int(limit), 512)):
+            await asyncio.sleep(self._seconds_per_token)
+            yield _WORDS[seed[index % 32] % len(_WORDS)] + " "
+
+    async def tokens(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        refuse_misfits(path, body)
+        if path == "/detokenize":
+            return {"prompt": " ".join(_WORDS[token % len(_WORDS)] for token in body["tokens"])}
+        text = json.dumps(body.get("messages") or body.get("prompt"))
+        if path.endswith("count_tokens"):
+            return {"input_tokens": len(text.split())}
+        tokens = [_token(word) for word in text.split()]
+        return {"count": len(tokens), "max_model_len": self._weights.max_model_len or 8192, "tokens": tokens}
+
+    async def stored_response(self, response_id: str, *, starting_after: int | None, stream: bool) -> Answer:
+        raise NotFound(f"no response with id {response_id!r}")
+
+    async def cancel_response(self, response_id: str) -> Answer:
+        raise NotFound(f"no response with id {response_id!r}")
+
+
+# --- wire forms: the smallest bodies that are whole, and the chunks between ------------------------
+
+
+class _Name(NamedTuple):
+    """What an answer calls itself, the same in each of its events."""
+
+    ident: str
+    created: int
+    model: str
+
+
+def _body(call: Call, said: list[str], name: _Name) -> dict[str, Any]:
+    text, (ident, now, model) = "".join(said), name
+    prompt, completion = _prompt_tokens(call), len(said)
+    usage = {"prompt_tokens": prompt, "total_tokens": prompt + completion, "completion_tokens": completion}
+    in_out = {"input_tokens": prompt, "output_tokens": completion}
+    match call.endpoint:
+        case Endpoint.CHAT:
+            message = {"role": "assistant", "content": text, "tool_calls": []}
+            choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop", "stop_reason": None}
+            return {
+                "id": ident,
+                "object": "chat.completion",
+                "created": now,
+                "model": model,
+                "choices": [choice],
+                "usage": usage,
+            }
+        case Endpoint.COMPLETIONS:
+            choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": "stop", "stop_reason": None}
+            return {
+                "id": ident,
+                "object": "text_completion",
+                "created": now,
+                "model": model,
+                "choices": [choice],
+                "usage": usage,
+            }
+        case Endpoint.RESPONSES:
+            part = {"type": "output_text", "text": text, "annotations": [], "logprobs": None}
+            item = {
+                "id": f"msg_{ident[5:]}",
+                "type": "message",
+                "role": "assistant",
+                "status": "completed",
+                "content": [part],
+            }
+            return {
+                "id": ident,
+                "object": "response",
+                "created_at": now,
+                "model": model,
+                "status": "completed",
+                "output": [item],
+                "parallel_tool_calls": True,
+                "tool_choice": "auto",
+                "tools": [],
+                "metadata": call.body.get("metadata"),
+                "usage": in_out
+                | {
+                    "total_tokens": prompt + completion,
+                    "input_tokens_details": {"cached_tokens": 0},
+                    "output_tokens_details": {"reasoning_tokens": 0},
+                },
+            }
+        case _:
+            return {
+                "id": ident,
+                "type": "message",
+                "role": "assistant",
+                "model": model,
+                "content": [{"type": "text", "text": text}],
+                "stop_reason": "end_turn",
+                "usage": in_out,
+            }
+
+
+def _cut(call: Call, said: list[str], name: _Name) -> tuple[list[bytes], list[bytes], list[bytes]]:
+    """The events of a whole stream: those before the first delta, the deltas, those after the last."""
+    events = wire.unfold(call.endpoint, _body(call, said, name))
+    deltas = [index for index, event in enumerate(events) if _is_delta(call.endpoint, event)]
+    return events[: deltas[0]], events[deltas[0] : deltas[-1] + 1], events[deltas[-1] + 1 :]
+
+
+def _is_delta(endpoint: Endpoint, event: bytes) -> bool:
+    return {
+        Endpoint.CHAT: b'"content":"' in event and b'"content":""' not in event,
+        Endpoint.COMPLETIONS: b'"text":"' in event and b'"text":""' not in event,
+        Endpoint.RESPONSES: b"event: response.output_text.delta" in event,
+        Endpoint.MESSAGES: b"event: content_block_delta" in event,
+    }[endpoint]
+
+
+def _numbered(endpoint: Endpoint, event: bytes, numbers: Iterator[int]) -> bytes:
+    """Events of Responses count; pieces of several streams made one must count on."""
+    if endpoint is not Endpoint.RESPONSES:
+        return event
+    named, _, data = event.partition(b"data: ")
+    return named + b"data: " + _dump(json.loads(data) | {"sequence_number": next(numbers)}) + b"\n\n"
+
+
+def _prompt_tokens(call: Call) -> int:
+    asked = call.body.get("messages") or call.body.get("prompt") or call.body.get("input") or ""
+    return len(json.dumps(asked).split())
+
+
+def _token(word: str) -> int:
+    return int.from_bytes(hashlib.sha256(word.encode()).digest()[:2], "big")
+
+
+def _dump(body: dict[str, Any]) -> bytes:
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()

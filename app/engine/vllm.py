@@ -1,0 +1,474 @@
+"""vLLM's AsyncLLM in our process, with vLLM's own OpenAI and Anthropic handlers in front of it.
+
+All of vLLM is touched here (and in `preload.py`), because its modules move between releases; its
+version is pinned in pyproject.toml. Nothing of vLLM is imported before `start`: the HTTP port is open
+and hits are answered while this room still loads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+from contextvars import ContextVar
+from typing import Any
+
+from app.domain import Answer, Call, Endpoint, Timings, Weights
+from app.engine import cpu
+from app.engine.base import EngineState, Phase
+from app.errors import (
+    AppError,
+    BadCall,
+    Busy,
+    EngineDown,
+    EngineFailed,
+    NotFound,
+    RateLimited,
+    UnknownModel,
+    UnsupportedEndpoint,
+)
+from app.settings import Settings
+
+log = logging.getLogger(__name__)
+
+RESTARTS = 5
+RESTART_BACKOFF_S = 2.0
+DEATH_CHECK_S = 0.25
+
+_timings: ContextVar[Timings | None] = ContextVar("timings", default=None)
+
+
+class VllmEngine:
+    """One model on one AsyncLLM, whose core is a process of its own, forked from a warm fork server."""
+
+    def __init__(self, settings: Settings, weights: Weights, on_progress: Callable[[str], None] | None = None) -> None:
+        self.state = EngineState()
+        self._settings = settings
+        self._weights = weights
+        self._on_progress = on_progress or (lambda _: None)
+        self._llm: Any = None
+        self._handlers: Any = None
+        self._life: asyncio.Task[None] | None = None
+
+    # --- life ---------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        _prepare_environment(self._settings)
+        # Started before anything else: it imports vLLM on the other core while we import it here.
+        multiprocessing.set_forkserver_preload(["app.engine.preload"])
+        os.environ["_REFRAIN_FORKSERVER"] = "1"
+        try:
+            await asyncio.to_thread(multiprocessing.forkserver.ensure_running)
+        finally:
+            del os.environ["_REFRAIN_FORKSERVER"]
+        self._life = asyncio.create_task(self._live(), name="engine-life")
+
+    async def close(self) -> None:
+        self.state.become(Phase.DRAINING, "closing")
+        if self._life:
+            self._life.cancel()
+            await asyncio.gather(self._life, return_exceptions=True)
+        await self._shut_down()
+        # Without it the fork server would go on until our process ends.
+        await asyncio.to_thread(multiprocessing.forkserver._forkserver._stop)  # type: ignore[attr-defined]
+
+    async def _live(self) -> None:
+        """Load; wait for death; load again, at most RESTARTS times with growing pauses."""
+        failures = 0
+        while True:
+            try:
+                await self._load()
+                loaded_at = time.monotonic()
+                await self._death()
+                log.error("the engine died; starting it again")
+                if time.monotonic() - loaded_at > 60:
+                    failures = 0
+            except Exception as error:
+                log.error("the engine did not start: %s", error, exc_info=log.isEnabledFor(logging.DEBUG))  # noqa: TRY400
+                reason = str(error).strip().splitlines()
+                self.state.become(Phase.LOADING, f"start failed: {reason[-1] if reason else type(error).__name__}")
+            failures += 1
+            await self._shut_down()
+            if failures > RESTARTS:
+                self.state.become(Phase.FAILED, f"gave up after {RESTARTS} restarts; see the log")
+                return
+            detail = self.state.detail if self.state.detail.startswith("start failed") else "restarting after a crash"
+            self.state.become(Phase.LOADING, detail)
+            await asyncio.sleep(RESTART_BACKOFF_S * (2 ** (failures - 1) - 1))
+
+    async def _load(self) -> None:
+        began = time.monotonic()
+        self._progress("importing vLLM")
+        args = await asyncio.to_thread(_parse, self._settings, self._weights)
+        self._progress("loading weights")
+        llm = await asyncio.to_thread(_build, args)
+        self._llm = llm
+        self._progress("preparing handlers")
+        self._handlers = await _host_handlers(llm, args)
+        self.state.become(Phase.READY, f"loaded in {time.monotonic() - began:.1f} s")
+        log.info("engine ready: %s in %.1f s", self._weights.short, time.monotonic() - began)
+        self._on_progress("ready")
+
+    def _progress(self, detail: str) -> None:
+        self.state.become(Phase.LOADING, detail)
+        log.info("engine: %s", detail)
+        self._on_progress(detail)
+
+    async def _death(self) -> None:
+        while not self._llm.errored:
+            await asyncio.sleep(DEATH_CHECK_S)
+
+    async def _shut_down(self) -> None:
+        llm, self._llm, self._handlers = self._llm, None, None
+        if llm is not None:
+            await asyncio.to_thread(llm.shutdown, 1.0)
+
+    # --- answers ------------------------------------------------------------------------------
+
+    async def answer(self, call: Call) -> Answer:
+        handlers = self._ready_handlers()
+        timings = Timings()
+        token = _timings.set(timings)
+        try:
+            with _translated():
+                produced = await _DISPATCH[call.endpoint](handlers, dict(call.body))
+            return await _as_answer(produced, timings, by_alias=call.endpoint is Endpoint.RESPONSES)
+        finally:
+            _timings.reset(token)
+
+    async def tokens(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        handlers = self._ready_handlers()
+        with _translated():
+            produced = await _TOKENS[path](handlers, body)
+        _refuse_error_response(produced)
+        dumped: dict[str, Any] = produced.model_dump(mode="json", exclude_none=path.endswith("count_tokens"))
+        return dumped
+
+    async def stored_response(self, response_id: str, *, starting_after: int | None, stream: bool) -> Answer:
+        handler = _having(self._ready_handlers(), "openai_serving_responses", "the Responses API")
+        with _translated():
+            produced = await handler.retrieve_responses(response_id, starting_after=starting_after, stream=stream)
+        return await _as_answer(produced, Timings(), by_alias=True)
+
+    async def cancel_response(self, response_id: str) -> Answer:
+        handler = _having(self._ready_handlers(), "openai_serving_responses", "the Responses API")
+        with _translated():
+            produced = await handler.cancel_responses(response_id)
+        return await _as_answer(produced, Timings(), by_alias=True)
+
+    def _ready_handlers(self) -> Any:
+        if self._handlers is None or self._llm.errored:
+            raise EngineDown("the engine is being restarted", retry_after_s=5)
+        return self._handlers
+
+
+# --- asking vLLM's handlers ----------------------------------------------------------------------
+
+
+async def _chat(handlers: Any, body: dict[str, Any]) -> Any:
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+    handler = _having(handlers, "openai_serving_chat", "chat completions")
+    return await handler.create_chat_completion(ChatCompletionRequest(**body), None)
+
+
+async def _completion(handlers: Any, body: dict[str, Any]) -> Any:
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    handler = _having(handlers, "openai_serving_completion", "completions")
+    return await handler.create_completion(CompletionRequest(**body), None)
+
+
+async def _response(handlers: Any, body: dict[str, Any]) -> Any:
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+
+    handler = _having(handlers, "openai_serving_responses", "the Responses API")
+    return await handler.create_responses(ResponsesRequest(**body), None)
+
+
+async def _message(handlers: Any, body: dict[str, Any]) -> Any:
+    from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+
+    handler = _having(handlers, "anthropic_serving_messages", "the Messages API")
+    return await handler.create_messages(AnthropicMessagesRequest(**body), None)
+
+
+async def _embedding(handlers: Any, body: dict[str, Any]) -> Any:
+    from pydantic import TypeAdapter
+    from vllm.entrypoints.pooling.embed.protocol import EmbeddingRequest
+
+    handler = _having(handlers, "serving_embedding", "embeddings")
+    return await handler(TypeAdapter(EmbeddingRequest).validate_python(body), None)
+
+
+async def _tokenize(handlers: Any, body: dict[str, Any]) -> Any:
+    from pydantic import TypeAdapter
+    from vllm.entrypoints.serve.tokenize.protocol import TokenizeRequest
+
+    return await handlers.serving_tokenization.create_tokenize(TypeAdapter(TokenizeRequest).validate_python(body), None)
+
+
+async def _detokenize(handlers: Any, body: dict[str, Any]) -> Any:
+    from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest
+
+    return await handlers.serving_tokenization.create_detokenize(DetokenizeRequest(**body), None)
+
+
+async def _count_tokens(handlers: Any, body: dict[str, Any]) -> Any:
+    from vllm.entrypoints.anthropic.protocol import AnthropicCountTokensRequest
+
+    handler = _having(handlers, "anthropic_serving_messages", "the Messages API")
+    return await handler.count_tokens(AnthropicCountTokensRequest(**body), None)
+
+
+_DISPATCH = {
+    Endpoint.CHAT: _chat,
+    Endpoint.COMPLETIONS: _completion,
+    Endpoint.RESPONSES: _response,
+    Endpoint.MESSAGES: _message,
+    Endpoint.EMBEDDINGS: _embedding,
+}
+_TOKENS = {"/tokenize": _tokenize, "/detokenize": _detokenize, "/v1/messages/count_tokens": _count_tokens}
+
+
+def _having(handlers: Any, name: str, what: str) -> Any:
+    handler = getattr(handlers, name, None)
+    if handler is None:
+        raise UnsupportedEndpoint(f"the served model does not support {what}")
+    return handler
+
+
+# --- from what vLLM gives to an Answer -----------------------------------------------------------
+
+
+async def _as_answer(produced: Any, timings: Timings, *, by_alias: bool) -> Answer:
+    """A model, an error, a ready HTTP response or a stream: one of the two wire forms, or a raised AppError."""
+    _refuse_error_response(produced)
+    if hasattr(produced, "__aiter__"):
+        return Answer(events=await _opened(produced), timings=timings)
+    if hasattr(produced, "body"):  # pooling handlers give a starlette Response
+        return Answer(body=bytes(produced.body), timings=timings)
+    # As vLLM's own routes do: Anthropic's bodies leave out what is absent, OpenAI's say null.
+    is_message = type(produced).__name__.startswith("Anthropic")
+    content = produced.model_dump(mode="json", by_alias=by_alias, exclude_none=is_message)
+    return Answer(body=json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode(), timings=timings)
+
+
+async def _opened(stream: AsyncGenerator[Any, None]) -> AsyncIterator[bytes]:
+    """The stream as bytes, started: a refusal or an early death is raised here and not sent as an event."""
+    events = _as_bytes(stream)
+    try:
+        with _translated():
+            first = await anext(events)
+    except StopAsyncIteration:
+        raise EngineFailed("the engine gave an empty answer") from None
+    except BaseException:
+        await events.aclose()
+        raise
+    if first.startswith(b'data: {"error"'):
+        await events.aclose()
+        error = json.loads(first[6:])["error"]
+        raise _app_error(error["message"], error.get("code") or 500, error.get("param"))
+    return _rest(first, events)
+
+
+async def _rest(first: bytes, events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    async with aclosing(events):
+        yield first
+        with _translated():
+            async for event in events:
+                yield event
+
+
+async def _as_bytes(stream: AsyncGenerator[Any, None]) -> AsyncGenerator[bytes, None]:
+    async with aclosing(stream):
+        async for event in stream:
+            if isinstance(event, str):
+                yield event.encode()
+            else:  # Responses give event objects
+                yield f"event: {event.type}\ndata: {event.model_dump_json(indent=None, by_alias=True)}\n\n".encode()
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _translated() -> Any:
+    """vLLM's and pydantic's exceptions leave as ours; around calls and around iteration alike."""
+    try:
+        yield
+    except (AppError, asyncio.CancelledError, GeneratorExit, StopAsyncIteration):
+        raise
+    except Exception as error:
+        raise _from_exception(error) from error
+
+
+def _from_exception(error: Exception) -> AppError:
+    from pydantic import ValidationError
+    from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    if isinstance(error, ValidationError):
+        return _from_validation(error)
+    if isinstance(error, EngineDeadError):
+        return EngineDown("the engine stopped while it worked on this call; it is being restarted", retry_after_s=5)
+    if isinstance(error, RecursionError):
+        return BadCall("the request is nested too deeply")
+    info = create_error_response(error).error
+    if info.code >= 500 and info.code != 501:
+        log.error("the engine failed on a call: %s: %s", type(error).__name__, error, exc_info=error)
+        # What broke inside is for the log; it can hold prompts and paths.
+        return _app_error("the engine failed on this call", info.code, None)
+    return _app_error(info.message, info.code, info.param)
+
+
+def _from_validation(error: Any) -> BadCall:
+    """The first thing that is wrong, in one line, with the field's name as OpenAI gives it."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = ".".join(str(part) for part in first["loc"] if not _is_internal(str(part)))
+    message = str(first["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    return BadCall(f"{where}: {message}" if where else message, param=where or None)
+
+
+def _is_internal(part: str) -> bool:
+    return any(mark in part for mark in "[](){}") or part in {"function-wrap", "function-before", "function-after"}
+
+
+def _refuse_error_response(produced: Any) -> None:
+    from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+
+    if isinstance(produced, ErrorResponse):
+        raise _app_error(produced.error.message, produced.error.code, produced.error.param)
+
+
+def _app_error(message: str, status: Any, param: str | None) -> AppError:
+    """vLLM's message under our types; a status it does not know is the engine's own fault."""
+    status = int(status) if str(status).isdigit() else 500
+    if status == 404 and "model" in message.lower():
+        return UnknownModel(message, param=param or "model")
+    kinds: dict[int, type[AppError]] = {
+        400: BadCall,
+        404: NotFound,
+        422: BadCall,
+        429: RateLimited,
+        501: UnsupportedEndpoint,
+        503: Busy,
+    }
+    kind = kinds.get(status, BadCall if 400 <= status < 500 else EngineFailed)
+    return kind(message, param=param, retry_after_s=5 if status in (429, 503) else None)
+
+
+# --- building ------------------------------------------------------------------------------------
+
+
+def _prepare_environment(settings: Settings) -> None:
+    defaults = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "DEBUG" if settings.log_level == "debug" else "WARNING",
+        "VLLM_ENABLE_RESPONSES_API_STORE": "1" if settings.responses_store else "0",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if cpu.is_cpu():
+        defaults |= cpu.environment(settings)
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def arguments(settings: Settings, weights: Weights) -> list[str]:
+    """The `vllm serve` command line that our settings stand for."""
+    options: dict[str, Any] = {
+        "model": weights.path,
+        "served_model_name": weights.name,
+        "dtype": settings.dtype,
+        "quantization": settings.quantization,
+        "max_model_len": settings.max_model_len,
+        "max_num_seqs": settings.max_num_seqs,
+        "max_num_batched_tokens": settings.max_num_batched_tokens,
+        "gpu_memory_utilization": settings.gpu_memory_utilization,
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "pipeline_parallel_size": settings.pipeline_parallel_size,
+        "reasoning_parser": settings.reasoning_parser,
+        "chat_template": settings.chat_template,
+    }
+    if settings.tool_call_parser:
+        options |= {"enable_auto_tool_choice": True, "tool_call_parser": settings.tool_call_parser}
+    if cpu.is_cpu():
+        options |= {"distributed_executor_backend": "uni", "enforce_eager": not settings.compile}
+    options |= settings.engine_args
+    return [part for name, value in options.items() for part in _argument(name, value)]
+
+
+def _argument(name: str, value: Any) -> list[str]:
+    flag = "--" + name.replace("_", "-")
+    match value:
+        case None:
+            return []
+        case True:
+            return [flag]
+        case False:
+            return ["--no-" + name.replace("_", "-")] if name != "enforce_eager" else []
+        case list():
+            return [flag, *map(str, value)]
+        case dict():
+            return [flag, json.dumps(value)]
+    return [flag, str(value)]
+
+
+def _parse(settings: Settings, weights: Weights) -> Any:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class Parser(FlexibleArgumentParser):
+        def error(self, message: str) -> Any:
+            raise ValueError(f"vLLM does not take these engine arguments: {message}")
+
+    args = make_arg_parser(Parser()).parse_args(arguments(settings, weights))
+    validate_parsed_serve_args(args)
+    return args
+
+
+def _build(args: Any) -> Any:
+    import vllm.v1.engine.utils as core_processes
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    # vLLM takes spawn or fork only (on a CPU it insists on spawn); its context is replaced by ours.
+    core_processes.get_mp_context = lambda: multiprocessing.get_context("forkserver")
+
+    class ObservedLLM(AsyncLLM):  # type: ignore[misc]
+        """AsyncLLM that notes each call's timings where the call's own task can read them."""
+
+        async def generate(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+            timings = _timings.get()
+            async with aclosing(super().generate(*args, **kwargs)) as outputs:
+                async for output in outputs:
+                    if timings is not None and output.metrics is not None:
+                        _note(timings, output)
+                    yield output
+
+    return ObservedLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args))
+
+
+def _note(timings: Timings, output: Any) -> None:
+    stats = output.metrics
+    timings.queue_s = stats.scheduled_ts - stats.queued_ts
+    timings.prefill_s = stats.first_token_ts - stats.scheduled_ts
+    timings.decode_s = stats.last_token_ts - stats.first_token_ts
+    timings.prompt_tokens = len(output.prompt_token_ids or ())
+    timings.completion_tokens = stats.num_generation_tokens
+
+
+async def _host_handlers(llm: Any, args: Any) -> Any:
+    from starlette.datastructures import State
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+
+    handlers = State()
+    await init_app_state(llm, handlers, args, await llm.get_supported_tasks())
+    return handlers

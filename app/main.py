@@ -1,0 +1,185 @@
+"""The only wiring: settings, then redis, engine and rooms, then the app. Every way of deploying calls `create_app`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from app import __version__
+from app.api.docs import mount_docs
+from app.api.edge import Edge
+from app.api.routes import mount_routes
+from app.cache.embedded import EmbeddedRedis
+from app.cache.link import Link
+from app.cache.store import Store
+from app.domain import Weights
+from app.engine import Engine, Phase, cpu
+from app.errors import StartRefused
+from app.gate.keys import Gate, KeyFile
+from app.service import Service
+from app.settings import Settings
+from app.weights import DEFAULT_MODEL, DigestMemo, Registry, pull_default, resolve
+
+log = logging.getLogger(__name__)
+
+
+def create_app(
+    settings: Settings,
+    weights: Weights,
+    *,
+    engine: Engine | None = None,
+    on_progress: Callable[[str], None] | None = None,
+) -> FastAPI:
+    """The whole server as an ASGI app; what it opens, its lifespan closes, in reverse.
+
+    Args:
+        settings: see `refrain config`.
+        weights: what `find_weights` gives for them.
+        engine: one of your own making, for tests; by default the one that the settings name.
+        on_progress: called with one line per step of the engine's start.
+
+    Raises:
+        StartRefused: the settings do not allow to serve (no keys on an open address).
+    """
+    gate = Gate(KeyFile(settings.keys_path))
+    if gate.is_open and not settings.is_loopback:
+        raise StartRefused(
+            f"refusing to serve on {settings.host} without API keys: make one with "
+            "`refrain keys create --tenant NAME`, or bind 127.0.0.1"
+        )
+    redis = EmbeddedRedis(settings) if settings.redis_url is None else None
+    link = Link(settings, settings.redis_url.get_secret_value() if settings.redis_url else redis.url)  # type: ignore[union-attr]
+    service = Service(settings, weights, engine or _engine(settings, weights, on_progress), Store(settings, link))
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            if redis is not None:
+                stack.push_async_callback(redis.close)
+                await redis.start()
+            stack.push_async_callback(link.close)
+            stack.push_async_callback(service.engine.close)
+            await service.engine.start()
+            yield
+
+    app = FastAPI(title="Refrain", version=__version__, lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
+    app.state.service = service
+    mount_routes(app, service, gate, settings)
+    mount_docs(app)
+    app.add_middleware(Edge, access_log=settings.access_log)
+    return app
+
+
+def find_weights(settings: Settings, report: Callable[[str], None]) -> Weights:
+    """The weights that the settings name, on disk and digested; the default model is prepared if it is missing.
+
+    Raises:
+        StartRefused: there are none, or they are not what they should be.
+    """
+    registry = Registry(settings.weights_root)
+    if settings.engine == "scripted":
+        return Weights(settings.served_model_name or "scripted", "", "0" * 64, "0" * 64, {}, max_model_len=8192)
+    if settings.model == DEFAULT_MODEL:
+        pull_default(registry, report)
+    memo = DigestMemo(settings.home / "digests.json")
+    found = resolve(settings.model, registry, memo, _answer_settings(settings), report)
+    return replace(
+        found,
+        name=settings.served_model_name or found.name,
+        max_model_len=settings.max_model_len or found.max_model_len,
+    )
+
+
+def _answer_settings(settings: Settings) -> dict[str, str]:
+    """What the engine is told that can change an answer; with the weights' digest it is part of every key."""
+    name, version = cpu.distribution()
+    told: dict[str, Any] = {
+        "vllm": f"{name}=={version}",
+        "dtype": settings.dtype,
+        "quantization": settings.quantization,
+        "max_model_len": settings.max_model_len,
+        "tool_call_parser": settings.tool_call_parser,
+        "reasoning_parser": settings.reasoning_parser,
+        "chat_template": _chat_template(settings),
+        "compile": settings.compile,
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "engine_args": settings.engine_args or None,
+    }
+    told |= {key: settings.engine_args[key] for key in ("generation_config", "override_generation_config") if key in settings.engine_args}
+    return {key: value if isinstance(value, str) else json.dumps(value, sort_keys=True) for key, value in told.items() if value is not None}
+
+
+def _chat_template(settings: Settings) -> str | None:
+    if settings.chat_template is None:
+        return None
+    try:
+        with open(settings.chat_template, encoding="utf-8") as file:  # noqa: PTH123 - a template may be given as text too
+            return file.read()
+    except OSError:
+        return settings.chat_template
+
+
+def _engine(settings: Settings, weights: Weights, on_progress: Callable[[str], None] | None) -> Engine:
+    if settings.engine == "scripted":
+        from app.engine.scripted import ScriptedEngine
+
+        return ScriptedEngine(settings, weights)
+    from app.engine.vllm import VllmEngine
+
+    return VllmEngine(settings, weights, on_progress)
+
+
+class Server(uvicorn.Server):
+    """uvicorn that drains: on SIGTERM no new generation starts, running ones finish, and the exit code is 0."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI, on_listening: Callable[[str], None]) -> None:
+        super().__init__(config)
+        self._app = app
+        self._on_listening = on_listening
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        # uvicorn's own raises the signal again after the shutdown, so that a clean stop looks like a kill.
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop, number)
+        yield
+
+    def _stop(self, number: int) -> None:
+        self._app.state.service.engine.state.become(Phase.DRAINING, f"got {signal.Signals(number).name}")
+        log.info("%s: draining", signal.Signals(number).name)
+        self.handle_exit(number, None)
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            self._on_listening(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+
+
+def run(settings: Settings, app: FastAPI, on_listening: Callable[[str], None]) -> bool:
+    """Serve until a signal; True when everything went well."""
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(settings.drain_s)),
+        h11_max_incomplete_event_size=64 * 1024,
+    )
+    server = Server(config, app, on_listening)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run()
+    return server.started

@@ -1,0 +1,1 @@
+"""What an operator sees: metric names (one file) and log lines."""

@@ -1,0 +1,249 @@
+"""The journey of a call. Read it from top to bottom; every other room is a detail of one of its steps.
+
+```
+1. plan      is this call's answer anybody else's too? under which key?     cache.key, cache.policy
+2. recall    an answer that was given before                               cache.store
+3. wait      for an engine that still loads, within bounds                 engine.state
+4. generate  the engine's answer, live                                     engine
+5. record    if it ended well, and before its client sees the end          cache.store
+```
+What is refused is refused before the first byte. Nothing here knows HTTP, Redis or vLLM.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Any
+
+from app import wire
+from app.cache.key import cache_key, is_deterministic, why_uncacheable
+from app.cache.policy import Directives
+from app.cache.recording import Recording
+from app.cache.store import Slot, Store, age_s
+from app.domain import Answer, CacheStatus, Call, Endpoint, Form, Reply, Timings, Weights
+from app.engine import Engine
+from app.errors import Incomplete, NotCached
+from app.observe import metrics
+from app.settings import Settings
+
+# The closing usage event is asked of the engine for each of these streams, since a later client may want it.
+_USAGE_ON_REQUEST = (Endpoint.CHAT, Endpoint.COMPLETIONS)
+
+
+@dataclass(slots=True)
+class Plan:
+    """What the cache may do for one call. Without a slot: nothing, for this reason.
+
+    `lookup_s` is how long looking took, once somebody has looked.
+    """
+
+    slot: Slot | None
+    may_read: bool
+    may_write: bool
+    directives: Directives
+    bypass_reason: str | None = None
+    lookup_s: float | None = None
+
+
+class Service:
+    """One model, one engine, one cache."""
+
+    def __init__(self, settings: Settings, weights: Weights, engine: Engine, store: Store) -> None:
+        self._settings = settings
+        self.weights = weights
+        self.engine = engine
+        self.store = store
+
+    # 1 -------------------------------------------------------------------------------------------
+
+    def plan(self, call: Call, directives: Directives) -> Plan:
+        """Whether this call has a key that others may share, and which."""
+        reason = self._why_bypass(call)
+        if reason is not None:
+            metrics.bypasses.labels(reason).inc()
+            return Plan(None, False, False, directives, reason)
+        key = cache_key(call, self.weights, tenant=call.caller.tenant)
+        slot = Slot(call.caller.tenant, self.weights.name, key)
+        return Plan(slot, not directives.no_cache, not directives.no_store, directives)
+
+    def _why_bypass(self, call: Call) -> str | None:
+        if self._settings.cache == "off":
+            return "off"
+        if reason := why_uncacheable(call, self.weights):
+            return reason
+        if self._settings.cache == "deterministic" and not is_deterministic(call, self.weights):
+            return "not_deterministic"
+        return None
+
+    # 2 -------------------------------------------------------------------------------------------
+
+    async def recall(self, call: Call, plan: Plan) -> Reply | None:
+        """The answer from a recording, under a fresh id and in the form that this client asked for.
+
+        Raises:
+            NotCached: `only-if-cached`, and there is none that the call accepts.
+        """
+        began = time.perf_counter()
+        if plan.slot is not None and plan.may_read:
+            recording = await self.store.find(plan.slot)
+            plan.lookup_s = time.perf_counter() - began
+            if recording is not None and plan.directives.accepts(age := age_s(recording)):
+                _count_hit(call, recording)
+                answer = _replay(recording, call)
+                answer.timings.cache_s = time.perf_counter() - began
+                return Reply(answer, CacheStatus.HIT, self.weights.short, plan.slot.key, int(age))
+        if plan.directives.only_if_cached:
+            raise NotCached("the answer is not in the cache, and the request allows nothing else")
+        return None
+
+    # 3, 4, 5 -------------------------------------------------------------------------------------
+
+    async def generate(self, call: Call, plan: Plan) -> Reply:
+        """The engine's answer; recorded on its way out where the plan allows it.
+
+        Raises:
+            AppError: refused or broken before there was anything to send. Cancelling frees the engine.
+        """
+        began = time.perf_counter()
+        await self.engine.state.ready(self._settings.loading_wait_s)
+        with metrics.in_flight.track_inprogress():
+            answer = await self.engine.answer(_asking_for_usage(call))
+        answer.timings.cache_s = plan.lookup_s
+        if answer.body is not None:
+            await self._record_body(call, plan, answer.body, answer.timings, began)
+        else:
+            answer = replace(answer, events=self._recorded(call, plan, answer, began))
+        status = CacheStatus.MISS if plan.slot and plan.may_write else CacheStatus.BYPASS
+        metrics.calls.labels(call.endpoint.label, status.value).inc()
+        return Reply(answer, status, self.weights.short, plan.slot.key if plan.slot else None)
+
+    async def _recorded(self, call: Call, plan: Plan, answer: Answer, began: float) -> AsyncGenerator[bytes, None]:
+        """The live events, kept as they pass. The recording is made before the last one is handed on, so a
+        client that has seen the end and asks again is answered from it."""
+        assert answer.events is not None  # noqa: S101 - a stream, by the only caller
+        kept: list[bytes] | None = [] if plan.slot and plan.may_write else None
+        kept_bytes = 0
+        with metrics.in_flight.track_inprogress():
+            async with aclosing(answer.events) as events:  # type: ignore[type-var]
+                async for event in events:
+                    if kept is not None:
+                        kept.append(event)
+                        kept_bytes += len(event)
+                        if kept_bytes > self._settings.cache_max_entry_bytes * 8:  # it compresses, but not that well
+                            metrics.not_recorded.labels("too_large").inc()
+                            kept = None
+                        elif wire.is_last(call.endpoint, event):
+                            await self._record_events(call, plan, kept, answer.timings, began)
+                    if call.wants_usage_event or not _is_usage_event(call.endpoint, event):
+                        yield event
+
+    async def _record_body(self, call: Call, plan: Plan, body: bytes, timings: Timings, began: float) -> None:
+        if plan.slot is None or not plan.may_write:
+            return
+        document = json.loads(body)
+        try:
+            wire.check_body(call.endpoint, document)
+        except Incomplete:
+            metrics.not_recorded.labels("incomplete").inc()
+            return
+        await self._keep(call, plan.slot, Form.BODY, document, (body, b"", b""), timings, began)
+
+    async def _record_events(
+        self, call: Call, plan: Plan, events: list[bytes], timings: Timings, began: float
+    ) -> None:
+        assert plan.slot is not None  # noqa: S101 - nothing is kept without one
+        try:
+            document = wire.fold(call.endpoint, events)
+        except Incomplete:
+            metrics.not_recorded.labels("incomplete").inc()
+            return
+        parts = wire.split_usage(call.endpoint, events)
+        await self._keep(call, plan.slot, Form.EVENTS, document, parts, timings, began)
+
+    async def _keep(
+        self,
+        call: Call,
+        slot: Slot,
+        form: Form,
+        document: dict[str, Any],
+        parts: tuple[bytes, bytes, bytes],
+        timings: Timings,
+        began: float,
+    ) -> None:
+        prompt_tokens, completion_tokens = wire.usage(call.endpoint, document)
+        ident, created = wire.identity(call.endpoint, document)
+        recording = Recording(
+            form=form,
+            recorded_at=time.time(),
+            ident=ident,
+            created=created,
+            head=parts[0],
+            usage=parts[1],
+            tail=parts[2],
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            seconds=time.perf_counter() - began,
+        )
+        if await self.store.keep(slot, recording):
+            metrics.recorded.labels(call.endpoint.label).inc()
+
+
+# --- pure helpers of the steps, in the order they are used -----------------------------------------
+
+
+def _count_hit(call: Call, recording: Recording) -> None:
+    metrics.calls.labels(call.endpoint.label, CacheStatus.HIT.value).inc()
+    metrics.tokens_saved.labels("prompt").inc(recording.prompt_tokens)
+    metrics.tokens_saved.labels("completion").inc(recording.completion_tokens)
+    metrics.seconds_saved.inc(recording.seconds)
+
+
+def _replay(recording: Recording, call: Call) -> Answer:
+    """The recorded answer as this client wants it: either form serves both."""
+    timings = Timings(prompt_tokens=recording.prompt_tokens, completion_tokens=recording.completion_tokens)
+    fresh = (wire.new_id(call.endpoint), int(time.time()))
+    old = (recording.ident, recording.created)
+    if call.is_streaming:
+        if recording.form is Form.BODY:
+            head, usage, tail = wire.split_usage(call.endpoint, wire.unfold(call.endpoint, json.loads(recording.head)))
+            content = head + usage + tail if call.wants_usage_event else head + tail
+        else:
+            content = recording.content(with_usage=call.wants_usage_event)
+        return Answer(events=_in_pieces(wire.freshen(call.endpoint, content, old, fresh, call.body)), timings=timings)
+    if recording.form is Form.EVENTS:
+        folded = wire.fold(call.endpoint, wire.split(recording.content()))
+        content = json.dumps(folded, ensure_ascii=False, separators=(",", ":")).encode()
+    else:
+        content = recording.head
+    return Answer(body=wire.freshen(call.endpoint, content, old, fresh, call.body), timings=timings)
+
+
+async def _in_pieces(content: bytes) -> AsyncGenerator[bytes, None]:
+    """Whole events, a few kilobytes at a time, so that a long replay neither blocks the loop nor fills a buffer."""
+    at = 0
+    while at < len(content):
+        end = content.find(b"\n\n", at + _PIECE_BYTES)
+        end = len(content) if end < 0 else end + 2
+        yield content[at:end]
+        at = end
+
+
+_PIECE_BYTES = 8192
+
+
+def _asking_for_usage(call: Call) -> Call:
+    if not call.is_streaming or call.endpoint not in _USAGE_ON_REQUEST:
+        return call
+    options = call.body.get("stream_options")
+    if options is not None and not isinstance(options, dict):
+        return call  # the engine refuses it in its own words
+    return replace(call, body=call.body | {"stream_options": (options or {}) | {"include_usage": True}})
+
+
+def _is_usage_event(endpoint: Endpoint, event: bytes) -> bool:
+    # Quotes inside JSON strings are escaped, so generated text cannot look like this.
+    return endpoint in _USAGE_ON_REQUEST and b'"choices":[],' in event and b'"usage":{' in event

@@ -1,0 +1,231 @@
+"""Every knob, in one table: name, type, default, one line of help.
+
+Values come from the command line, the environment (`REFRAIN_<NAME>`), a TOML file
+(`REFRAIN_CONFIG`, else `refrain.toml` in the working directory) and the defaults, in that order.
+`refrain config` prints them with their origin. Nothing else in the package reads the environment.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import os
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import platformdirs
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from app.errors import StartRefused
+
+PREFIX = "REFRAIN_"
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+class Settings(BaseSettings):
+    """Frozen; built once by the command line and handed down, never read from a global."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True, validate_default=True
+    )
+
+    # serving
+    host: str = Field("127.0.0.1", description="Address to bind. Any other than loopback needs keys.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to bind; 0 takes a free one.")
+    home: Path = Field(
+        default_factory=lambda: Path(platformdirs.user_data_dir("refrain")),
+        description="Where weights, keys and run-time files live.",
+    )
+    drain_s: float = Field(30.0, ge=0, description="How long SIGTERM waits for running answers, in seconds.")
+    max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Largest request body; more is a 413.")
+    max_json_depth: int = Field(64, ge=8, le=500, description="Deepest nesting of a request body; more is a 400.")
+    body_timeout_s: float = Field(30.0, gt=0, description="Time a client has to send its body; then 408.")
+    keep_alive_s: float = Field(
+        10.0, gt=0, description="Silence on a stream, in seconds, before a keep-alive comment is sent."
+    )
+    log_format: Literal["text", "json"] = Field("text", description="Shape of the log lines.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
+    access_log: bool = Field(True, description="One line per call.")
+
+    # model
+    model: str = Field(
+        DEFAULT_MODEL, description="What to serve: a registry name, a local Hugging Face directory, or a hub id."
+    )
+    served_model_name: str | None = Field(None, description="Name clients use; by default the model's own.")
+
+    # engine
+    engine: Literal["vllm", "scripted"] = Field("vllm", description="vllm, or scripted: canned text at a fixed rate.")
+    loading_wait_s: float = Field(
+        60.0, ge=0, description="How long a miss waits for an engine that is still loading; then 503."
+    )
+    dtype: str = Field("auto", description="vLLM's dtype: auto, bfloat16, float16, float32.")
+    quantization: str | None = Field(None, description="vLLM's quantization method, if the weights do not say it.")
+    max_model_len: int | None = Field(None, gt=0, description="Longest prompt plus answer, in tokens.")
+    max_num_seqs: int | None = Field(None, gt=0, description="Most sequences in one batch.")
+    max_num_batched_tokens: int | None = Field(None, gt=0, description="Most tokens in one engine step.")
+    gpu_memory_utilization: float | None = Field(None, gt=0, le=1, description="Share of GPU memory vLLM may take.")
+    kv_cache_gib: int | None = Field(
+        None, gt=0, description="KV cache on a CPU, in GiB; by default 2, or a quarter of memory where that is less."
+    )
+    tensor_parallel_size: int | None = Field(None, gt=0, description="GPUs one replica is split over.")
+    pipeline_parallel_size: int | None = Field(None, gt=0, description="Pipeline stages of one replica.")
+    tool_call_parser: str | None = Field(
+        "hermes", description="vLLM's parser for tool calls (hermes, llama3_json, mistral, ...); empty: none."
+    )
+    reasoning_parser: str | None = Field(None, description="vLLM's parser for reasoning text.")
+    chat_template: str | None = Field(None, description="Path of a chat template that replaces the weights' own.")
+    cpu_threads: int | None = Field(None, gt=0, description="Threads that compute on a CPU; by default all cores.")
+    compile: bool = Field(
+        False, description="CPU only: torch.compile the model. Starts in a minute instead of seconds; see README."
+    )
+    responses_store: bool = Field(
+        False, description="Keep Responses in memory for GET, cancel and background. vLLM never evicts them."
+    )
+    engine_args: dict[str, Any] = Field(
+        default_factory=dict,
+        description='Any other vLLM engine argument as JSON: {"enable_lora": true, "block_size": 32}.',
+    )
+    scripted_tokens_per_s: float = Field(200.0, gt=0, description="Speed of the scripted engine, per call.")
+
+    # cache
+    cache: Literal["deterministic", "all", "off"] = Field(
+        "deterministic", description="What is cached: calls at temperature 0 or with a seed; all; nothing."
+    )
+    cache_ttl_s: int = Field(86_400, gt=0, description="Life of a recording, in seconds, give or take 10%.")
+    cache_max_entry_bytes: int = Field(1 * 2**20, gt=0, description="A larger recording is not kept.")
+    cache_compress_above_bytes: int = Field(1024, ge=0, description="Recordings above this size are zstd-compressed.")
+
+    # redis
+    redis_url: SecretStr | None = Field(
+        None, description="redis://, rediss:// or unix:// URL of a shared server. Without one, one is started for you."
+    )
+    redis_sentinel: str | None = Field(
+        None, description="host:port,host:port/service of a Sentinel set-up; redis_url then gives user, password, db."
+    )
+    redis_cluster: bool = Field(False, description="redis_url is a node of a Redis Cluster.")
+    redis_timeout_s: float = Field(0.25, gt=0, description="Longest a request waits for Redis before it goes on alone.")
+    redis_max_memory_mib: int = Field(256, ge=8, description="Memory of the embedded server; it evicts above that.")
+    redis_namespace: str = Field("refrain", min_length=1, description="First part of every Redis key.")
+
+    # keys
+    keys_file: Path | None = Field(None, description="API keys, hashed; by default keys.json under home.")
+
+    @field_validator("tool_call_parser", "reasoning_parser", "quantization", "served_model_name", mode="after")
+    @classmethod
+    def _empty_is_none(cls, value: str | None) -> str | None:
+        return value or None
+
+    @field_validator("home", "keys_file", mode="after")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        return value.expanduser().absolute() if value else None
+
+    @model_validator(mode="after")
+    def _redis_options_agree(self) -> Self:
+        if (self.redis_sentinel or self.redis_cluster) and self.redis_url is None:
+            raise ValueError("REFRAIN_REDIS_SENTINEL and REFRAIN_REDIS_CLUSTER need REFRAIN_REDIS_URL")
+        return self
+
+    @property
+    def keys_path(self) -> Path:
+        return self.keys_file or self.home / "keys.json"
+
+    @property
+    def weights_root(self) -> Path:
+        return self.home / "weights"
+
+    @property
+    def is_loopback(self) -> bool:
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        toml = TomlConfigSettingsSource(settings_cls, toml_file=config_file())
+        return (init_settings, env_settings, toml)
+
+
+def config_file() -> Path | None:
+    """The TOML file in use, if any. Raises StartRefused when the one that was named does not exist."""
+    if named := os.environ.get(f"{PREFIX}CONFIG"):
+        if not Path(named).is_file():
+            raise StartRefused(f"{PREFIX}CONFIG names {named}, which is not a file")
+        return Path(named)
+    default = Path("refrain.toml")
+    return default if default.is_file() else None
+
+
+def load(**overrides: Any) -> Settings:
+    """Settings from all sources; an override of None means "not given".
+
+    Raises:
+        StartRefused: a value that does not fit, or a variable under our prefix that nobody reads.
+    """
+    known = {PREFIX + name.upper() for name in Settings.model_fields} | {f"{PREFIX}CONFIG"}
+    for name in os.environ:
+        if name.upper().startswith(PREFIX) and name.upper() not in known:
+            close = difflib.get_close_matches(name.upper(), known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise StartRefused(f"{name} is set but is no setting of ours{hint} (`refrain config` lists all)")
+    try:
+        return Settings(**{name: value for name, value in overrides.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else ""
+        where = f"{PREFIX}{name.upper()} (--{name.replace('_', '-')}): " if name else ""
+        raise StartRefused(f"{where}{first['msg'].removeprefix('Value error, ')}") from error
+    except (tomllib.TOMLDecodeError, ValueError) as error:
+        raise StartRefused(f"settings cannot be read: {error}") from error
+
+
+def origins(settings: Settings, overrides: dict[str, Any]) -> dict[str, str]:
+    """Where each value came from: `flag`, `environment`, `file` or `default`."""
+    file = config_file()
+    in_file = tomllib.loads(file.read_text()) if file else {}
+    environment = {name.upper() for name, value in os.environ.items() if value}
+
+    def origin(name: str) -> str:
+        if overrides.get(name) is not None:
+            return "flag"
+        if PREFIX + name.upper() in environment:
+            return "environment"
+        return f"file {file}" if name in in_file else "default"
+
+    return {name: origin(name) for name in type(settings).model_fields}
+
+
+def masked(settings: Settings) -> dict[str, str]:
+    """Every value as text, secrets as stars; a URL keeps its host and loses its password."""
+
+    def show(value: Any) -> str:
+        if isinstance(value, SecretStr):
+            return mask_url(value.get_secret_value())
+        return "" if value is None else str(value)
+
+    return {name: show(getattr(settings, name)) for name in type(settings).model_fields}
+
+
+def mask_url(url: str) -> str:
+    """`redis://user:secret@host:1/0` becomes `redis://user:***@host:1/0`."""
+    scheme, separator, rest = url.partition("://")
+    credentials, at, location = rest.rpartition("@")
+    user = credentials.partition(":")[0]
+    return f"{scheme}{separator}{user}:***@{location}" if at else url

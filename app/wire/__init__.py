@@ -1,0 +1,106 @@
+"""The two wire forms of an answer, a complete JSON body and a stream of SSE events, and pure functions between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+from uuid import uuid4
+
+from app.domain import Endpoint
+from app.errors import Incomplete
+from app.wire import chat, completions, embeddings, messages, responses
+from app.wire.ends import is_last, split
+from app.wire.stamp import Identity
+
+__all__ = [
+    "Identity",
+    "check_body",
+    "fold",
+    "freshen",
+    "identity",
+    "is_last",
+    "new_id",
+    "split",
+    "split_usage",
+    "unfold",
+    "usage",
+]
+
+
+def fold(endpoint: Endpoint, events: Sequence[bytes]) -> dict[str, Any]:
+    """The body that a call without `stream` would have given; each event is one SSE event with its blank line.
+
+    Raises `Incomplete` unless the events are one whole, successful answer, usage event and all. Raises
+    ValueError for an endpoint that does not stream.
+    """
+    try:
+        return _WIRES[endpoint].fold(events)
+    except (KeyError, TypeError, AttributeError) as exc:
+        raise Incomplete(f"not a stream of {endpoint.label}: {exc!r}") from exc
+
+
+def unfold(endpoint: Endpoint, body: dict[str, Any]) -> list[bytes]:
+    """The events that a streaming call would have given, with the usage event; `fold` makes the same body of them.
+
+    The body must have passed `check_body`. Raises ValueError for an endpoint that does not stream.
+    """
+    return _WIRES[endpoint].unfold(body)
+
+
+def check_body(endpoint: Endpoint, body: dict[str, Any]) -> None:
+    """Raises `Incomplete` unless the body is a complete, successful answer."""
+    try:
+        _WIRES[endpoint].check_body(body)
+    except (KeyError, TypeError, AttributeError) as exc:
+        raise Incomplete(f"not a body of {endpoint.label}: {exc!r}") from exc
+
+
+def split_usage(endpoint: Endpoint, events: Sequence[bytes]) -> tuple[bytes, bytes, bytes]:
+    """Head, usage event and tail: all three for a client that asked for usage, the outer two for one that did not.
+
+    The usage event is empty where there is none of its own kind; then everything is in the head.
+    """
+    return _WIRES[endpoint].split_usage(events)
+
+
+def usage(endpoint: Endpoint, body: dict[str, Any]) -> tuple[int, int]:
+    """Prompt tokens and completion tokens."""
+    return _WIRES[endpoint].usage(body)
+
+
+def identity(endpoint: Endpoint, document: dict[str, Any]) -> Identity:
+    """The answer's id and time of creation (messages have none), from its body or its first event's JSON."""
+    return _WIRES[endpoint].identity(document)
+
+
+def freshen(endpoint: Endpoint, content: bytes, old: Identity, new: Identity, request_body: dict[str, Any]) -> bytes:
+    """The same body or concatenated events under a new identity; responses also repeat the new request's echoes."""
+    return _WIRES[endpoint].freshen(content, old, new, request_body)
+
+
+def new_id(endpoint: Endpoint) -> str:
+    return _WIRES[endpoint].ID_PREFIX + uuid4().hex
+
+
+class _Wire(Protocol):
+    """What the module of each endpoint has; the functions above say what they promise."""
+
+    @property
+    def ID_PREFIX(self) -> str: ...  # noqa: N802
+
+    def fold(self, events: Sequence[bytes]) -> dict[str, Any]: ...
+    def unfold(self, body: dict[str, Any]) -> list[bytes]: ...
+    def check_body(self, body: dict[str, Any]) -> None: ...
+    def split_usage(self, events: Sequence[bytes]) -> tuple[bytes, bytes, bytes]: ...
+    def usage(self, body: dict[str, Any]) -> tuple[int, int]: ...
+    def identity(self, document: dict[str, Any]) -> Identity: ...
+    def freshen(self, content: bytes, old: Identity, new: Identity, request_body: dict[str, Any]) -> bytes: ...
+
+
+_WIRES: dict[Endpoint, _Wire] = {
+    Endpoint.CHAT: chat,
+    Endpoint.COMPLETIONS: completions,
+    Endpoint.RESPONSES: responses,
+    Endpoint.MESSAGES: messages,
+    Endpoint.EMBEDDINGS: embeddings,
+}
