@@ -75,6 +75,8 @@ class Service:
             return "off"
         if reason := why_uncacheable(call, self.weights):
             return reason
+        if self._settings.responses_store and call.endpoint is Endpoint.RESPONSES and call.body.get("store") is not False:
+            return "stored"  # its id must be one that the engine can be asked for
         if self._settings.cache == "deterministic" and not is_deterministic(call, self.weights):
             return "not_deterministic"
         return None

@@ -173,18 +173,17 @@ _COMPLETIONS = Fields(
 )
 
 _RESPONSES = Fields(
-    # `store` is off in the engine we host (VLLM_ENABLE_RESPONSES_API_STORE), and it is not echoed.
-    ignored=frozenset({"stream", "session_id", "request_id", "store", "prompt_cache_key"}) | _WHEN_IT_RUNS,
+    # The answer's body repeats `metadata` and `user`: a replay puts the new call's own in their place
+    # (app/wire/responses.py). Whether `store` keeps the answer for later is the service's to ask.
+    ignored=frozenset({"stream", "session_id", "request_id", "store", "prompt_cache_key", "metadata", "user"})
+    | _WHEN_IT_RUNS,
     keyed={
         "input": _REQUIRED,
         "include": _NONE,
         "instructions": _NONE,
         "max_output_tokens": _NONE,
         "max_tool_calls": _NONE,
-        # The answer's body repeats these three, so calls that differ in them have different answers.
-        "metadata": _NONE,
-        "user": _NONE,
-        "service_tier": ("auto",),
+        "service_tier": ("auto",),  # the answer's body repeats it
         "logit_bias": _NONE,
         "parallel_tool_calls": _TRUE,
         "prompt": _NONE,

@@ -65,6 +65,7 @@ class ScriptedEngine:
         self._seconds_per_token = 1 / settings.scripted_tokens_per_s
 
     async def start(self) -> None:
+        self.loop = asyncio.get_running_loop()
         if self._is_ready:
             self.state.become(Phase.READY, "scripted")
 

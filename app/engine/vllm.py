@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 RESTARTS = 5
 RESTART_BACKOFF_S = 2.0
 DEATH_CHECK_S = 0.25
+SHUTDOWN_S = 5.0
 
 _timings: ContextVar[Timings | None] = ContextVar("timings", default=None)
 
@@ -128,7 +129,7 @@ class VllmEngine:
     async def _shut_down(self) -> None:
         llm, self._llm, self._handlers = self._llm, None, None
         if llm is not None:
-            await asyncio.to_thread(llm.shutdown, 1.0)
+            await asyncio.to_thread(llm.shutdown, SHUTDOWN_S)
 
     # --- answers ------------------------------------------------------------------------------
 
@@ -371,7 +372,10 @@ def _app_error(message: str, status: Any, param: str | None) -> AppError:
 def _prepare_environment(settings: Settings) -> None:
     defaults = {
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "DEBUG" if settings.log_level == "debug" else "WARNING",
+        # vLLM's warnings at start are advice to people who run it by hand; `log_level=debug` shows everything.
+        "VLLM_LOGGING_LEVEL": "DEBUG" if settings.log_level == "debug" else "ERROR",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "PYTHONWARNINGS": "ignore",
         "VLLM_ENABLE_RESPONSES_API_STORE": "1" if settings.responses_store else "0",
         "TOKENIZERS_PARALLELISM": "false",
     }
@@ -396,6 +400,7 @@ def arguments(settings: Settings, weights: Weights) -> list[str]:
         "pipeline_parallel_size": settings.pipeline_parallel_size,
         "reasoning_parser": settings.reasoning_parser,
         "chat_template": settings.chat_template,
+        "use_tqdm_on_load": False,
     }
     if settings.tool_call_parser:
         options |= {"enable_auto_tool_choice": True, "tool_call_parser": settings.tool_call_parser}
@@ -451,6 +456,9 @@ def _build(args: Any) -> Any:
                 async for output in outputs:
                     if timings is not None and output.metrics is not None:
                         _note(timings, output)
+                    if any(part.finish_reason == "abort" for part in output.outputs):
+                        # The Responses handler would call it "completed". An answer is whole or an error.
+                        raise EngineFailed("the generation was aborted")
                     yield output
 
     return ObservedLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args))

@@ -39,9 +39,9 @@ def pull_default(registry: Registry, report: Report) -> Manifest:
     Two pulls at once: one works, the other waits and finds it. Killed at any moment it leaves nothing listed.
     Raises `StartRefused` with one line for the operator; `report` gets a line per step.
     """
-    if there := _already_there(registry):
-        return there
     try:
+        if there := _already_there(registry):
+            return there
         (registry.root / DEFAULT_MODEL).mkdir(parents=True, exist_ok=True)
         with _one_at_a_time(registry, report):
             return _already_there(registry) or _prepare(registry, report)

@@ -90,12 +90,12 @@ class Registry:
         if not digests:
             raise UnknownWeights(f"no weights called {name!r} in {self.root}")
         if "@" not in reference:
-            return manifests.read(self.path(name, self._current_of(name, digests)))
+            return self._read(name, self._current_of(name, digests))
         if not _PREFIX.fullmatch(prefix):
             raise UnknownWeights(f"{reference!r}: after the @ come 4 to 64 hexadecimal digits of the digest")
         match [digest for digest in digests if digest.startswith(prefix)]:
             case [digest]:
-                return manifests.read(self.path(name, digest))
+                return self._read(name, digest)
             case []:
                 raise UnknownWeights(f"no weights {reference!r} in {self.root}; there are {_shortened(digests)}")
             case several:
@@ -123,7 +123,7 @@ class Registry:
             current = self._pointer_or_none(home.name)
             for digest in self._digests(home.name):
                 try:
-                    found = manifests.read(home / digest)
+                    found = self._read(home.name, digest)
                 except BrokenWeights:
                     continue
                 rows.append(Row(home.name, digest, found.size_bytes, found.created, digest == current))
@@ -145,11 +145,9 @@ class Registry:
         if not folder.is_dir():
             raise UnknownWeights(f"no weights {name}@{digest[:12]} in {self.root}")
         try:
-            manifest = manifests.read(folder)
+            manifest = self._read(name, digest)
         except BrokenWeights as exc:
             return (Problem(MANIFEST, str(exc)),)
-        if (manifest.name, manifest.digest) != (name, digest):
-            return (Problem(MANIFEST, f"belongs to {manifest.short}"),)
         return tuple(_differences(folder, manifest.files, hash_up_to=None, progress=progress))
 
     # --- writing
@@ -220,7 +218,7 @@ class Registry:
         with self._locked(home):
             if target.exists():
                 if not self.verify(name, manifest.digest):
-                    return manifests.read(target)
+                    return self._read(name, manifest.digest)
                 target.rename(home / f"{_STAGED}{secrets.token_hex(8)}")  # damaged: the next sweep takes it
             staged.rename(target)
             sync(home)
@@ -233,10 +231,9 @@ class Registry:
         lacks the last move; the pointer holds it whole, so the next `point` writes it down first.
         """
         home = self._home(name)
-        folder = self.path(name, digest)
-        if not folder.is_dir():
+        if not self.path(name, digest).is_dir():
             raise UnknownWeights(f"no weights {name}@{digest[:12]} in {self.root}")
-        self.check(manifests.read(folder))
+        self.check(self._read(name, digest))
         with self._locked(home):
             before, history = self._pointer_or_repair(name), self.history(name)
             if before and history[-1:] != (before,):
@@ -255,6 +252,13 @@ class Registry:
                 f"{name!r} cannot be a name: up to 96 letters, digits and . _ -, a letter or digit first"
             )
         return self.root / name
+
+    def _read(self, name: str, digest: str) -> Manifest:
+        folder = self.path(name, digest)
+        manifest = manifests.read(folder)
+        if (manifest.name, manifest.digest) != (name, digest):
+            raise BrokenWeights(f"{folder} holds the manifest of {manifest.short}")
+        return manifest
 
     def _digests(self, name: str) -> tuple[str, ...]:
         home = self._home(name)

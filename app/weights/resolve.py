@@ -44,6 +44,15 @@ def resolve(
     A registry name wins over a folder of that name, unless `model` is spelled as a path (`./name`, `a/b`).
     `engine_settings` is all that the engine is told about the weights, as text; it becomes `settings_digest`.
     """
+    try:
+        return _resolve(model, registry, memo, engine_settings, report)
+    except OSError as exc:
+        raise StartRefused(f"{model!r} cannot be read: {exc}") from exc
+
+
+def _resolve(
+    model: str, registry: Registry, memo: DigestMemo, engine_settings: Mapping[str, str], report: Report
+) -> Weights:
     if not _is_path(model) and registry.knows(model.partition("@")[0]):
         manifest = registry.find(model)
         folder = registry.check(manifest)
@@ -162,8 +171,8 @@ _SAMPLING = (
     "min_p",
     "max_new_tokens",
 )
-# transformers takes these from a model's config too, but knows no attribute for the others.
-_NOT_IN_CONFIG = ("presence_penalty", "frequency_penalty")
+# transformers 5.19 takes these from a model's config too; from there it drops the others on loading.
+_FROM_MODEL_CONFIG = ("min_p", "max_new_tokens")
 
 
 def sampling_defaults(folder: Path, engine_settings: Mapping[str, str]) -> dict[str, float]:
@@ -190,8 +199,7 @@ def _from_model_config(folder: Path) -> dict[str, Any]:
     config = _json_object(folder / "config.json") or {}
     nested = (config[key] for key in ("decoder", "generator", "text_config") if isinstance(config.get(key), dict))
     inner: dict[str, Any] = next(nested, {})
-    keys = [key for key in _SAMPLING if key not in _NOT_IN_CONFIG]
-    return {key: config[key] if config.get(key) is not None else inner.get(key) for key in keys}
+    return {key: inner.get(key) if config.get(key) is None else config[key] for key in _FROM_MODEL_CONFIG}
 
 
 def _override(text: str | None) -> dict[str, Any]:

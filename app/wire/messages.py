@@ -108,11 +108,18 @@ def _block(start: Json, deltas: list[Json]) -> Json:
             thinking = start.get("thinking", "") + _said(deltas, "thinking")
             return {"type": "thinking", "thinking": thinking, "signature": _said(deltas, "signature")}
         case "tool_use":
-            arguments = _said(deltas, "partial_json")
-            given = sse.parse(arguments.encode()) if arguments else start.get("input") or {}
+            given = _input(_said(deltas, "partial_json")) or start.get("input") or {}
             return {"type": "tool_use", "id": start["id"], "name": start["name"], "input": given}
         case kind:
             raise Incomplete(f"a content block of an unknown type: {kind}")
+
+
+def _input(arguments: str) -> Json:
+    """Raises `Incomplete` for what `max_tokens` cut short: a body has no place for half an object."""
+    try:
+        return msgspec.json.decode(arguments, type=Json) if arguments else {}
+    except msgspec.MsgspecError as exc:
+        raise Incomplete("the input of a tool is not a whole JSON object") from exc
 
 
 def _said(deltas: list[Json], key: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from app.errors import Incomplete
-from app.wire import sse, text
+from app.wire import ends, sse, text
 from app.wire.stamp import Identity
 
 __all__ = ["ID_PREFIX", "check_body", "fold", "freshen", "identity", "split_usage", "unfold", "usage"]
@@ -46,7 +46,7 @@ def fold(events: Sequence[bytes]) -> Json:
         raise Incomplete("the stream does not end with the response")
     body: Json = documents[-1]["response"]
     check_body(body)
-    return body | {"output": [_as_in_a_body(item) for item in body["output"]]}
+    return body | {"output": _as_in_a_body(body["output"])}
 
 
 def unfold(body: Json) -> list[bytes]:
@@ -88,14 +88,25 @@ def freshen(content: bytes, old: Identity, new: Identity, request_body: Json) ->
     """Here `old` is not needed: it is the parsed response objects that get the new id, time and echoes."""
     if content[:1] == b"{":
         return msgspec.json.encode(_renewed(sse.parse(content), new, request_body))
-    return b"".join(_renewed_event(event, new, request_body) for event in sse.split(content))
+    return b"".join(_renewed_event(event, new, request_body) for event in ends.split(content))
 
 
-def _as_in_a_body(item: Json) -> Json:
-    # vLLM's streams call a whole reasoning item "completed", its bodies say nothing of it.
-    if item.get("type") == "reasoning" and item.get("status") == "completed":
-        return item | {"status": None}
-    return item
+def _as_in_a_body(output: list[Json]) -> list[Json]:
+    """vLLM's streams call a reasoning item "completed" where its bodies say nothing, and they keep the blanks
+    around tool calls as a message of their own, which its bodies drop.
+    """
+    has_calls = any(item["type"].endswith("_call") for item in output)
+    kept = [item for item in output if not (has_calls and _is_blank(item))]
+    return [item | {"status": None} if _is_whole_reasoning(item) else item for item in kept]
+
+
+def _is_blank(item: Json) -> bool:
+    texts = [part.get("text") for part in item["content"]] if item["type"] == "message" else []
+    return bool(texts) and all(said is not None and not said.strip() for said in texts)
+
+
+def _is_whole_reasoning(item: Json) -> bool:
+    return item["type"] == "reasoning" and item.get("status") == "completed"
 
 
 def _opening(body: Json) -> Iterator[Event]:

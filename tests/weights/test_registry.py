@@ -175,7 +175,7 @@ def test_verify_does_not_mind_a_readme(registry: Registry) -> None:
 def test_verify_finds_a_folder_under_another_digest(registry: Registry) -> None:
     digest = publish(registry, "bot")
     (registry.root / "bot" / digest).rename(registry.root / "bot" / ("0" * 64))
-    assert "belongs to" in str(registry.verify("bot", "0" * 64)[0])
+    assert "holds the manifest of" in str(registry.verify("bot", "0" * 64)[0])
 
 
 def test_the_quick_check_finds_an_edit_of_the_same_length(registry: Registry) -> None:

@@ -8,8 +8,9 @@ import pytest
 
 from app.domain import Weights
 from app.errors import StartRefused
-from app.weights import DigestMemo, Registry, digest_files, resolve, sampling_defaults, weights_digest
+from app.weights import DigestMemo, FileDigest, Registry, digest_files, resolve, sampling_defaults, weights_digest
 from app.weights import registry as registry_module
+from app.weights.digest import Progress
 
 from .conftest import make_weights, publish, python
 
@@ -30,7 +31,12 @@ def test_a_published_name_is_resolved_from_its_manifest(registry: Registry, monk
     registry.point("bot", digest)
     read = list[Path]()
     real = registry_module.digest_file
-    monkeypatch.setattr(registry_module, "digest_file", lambda path, progress=None: (read.append(path), real(path))[1])
+
+    def spy(path: Path, progress: Progress | None = None) -> FileDigest:
+        read.append(path)
+        return real(path, progress)
+
+    monkeypatch.setattr(registry_module, "digest_file", spy)
     for model in ("bot", f"bot@{digest[:6]}"):
         weights = resolved(model, registry, dtype="bfloat16")
         assert (weights.name, weights.digest, weights.short) == ("bot", digest, f"bot@{digest[:12]}")
@@ -49,6 +55,16 @@ def test_damage_is_refused_at_the_start(registry: Registry) -> None:
     registry.point("bot", digest)
     os.truncate(registry.root / "bot" / digest / "model.safetensors", 10)
     assert "is damaged: model.safetensors: has 10 bytes" in refusal("bot", registry)
+
+
+def test_a_file_that_cannot_be_read_is_one_line(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry.point("bot", publish(registry, "bot"))
+
+    def refuse(path: Path, progress: Progress | None = None) -> FileDigest:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(registry_module, "digest_file", refuse)
+    assert "'bot' cannot be read: [Errno 13] Permission denied" in refusal("bot", registry)
 
 
 def test_a_folder_is_resolved_by_its_content(registry: Registry, tmp_path: Path) -> None:

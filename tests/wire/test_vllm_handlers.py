@@ -42,8 +42,8 @@ CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool
 class Tokens:
     """As much of a tokenizer as the parsers ask for: special tokens, and a character each for the rest."""
 
-    all_special_tokens = list(SPECIAL)
-    all_special_ids = list(SPECIAL.values())
+    all_special_tokens = tuple(SPECIAL)
+    all_special_ids = tuple(SPECIAL.values())
 
     def get_vocab(self) -> dict[str, int]:
         return SPECIAL
@@ -115,9 +115,7 @@ def outputs(
 
 
 def one(index: int, tokens: list[tuple[int, str]], logprobs: bool, finish: str | None, stop: Any) -> CompletionOutput:
-    step_logprobs = [
-        {number: Logprob(-0.25, 1, said), 999: Logprob(float("-inf"), 2, "x")} for number, said in tokens
-    ]
+    step_logprobs = [{number: Logprob(-0.25, 1, said), 999: Logprob(float("-inf"), 2, "x")} for number, said in tokens]
     return CompletionOutput(
         index=index,
         text="".join(said for _, said in tokens),
@@ -226,7 +224,12 @@ PARSED = {
     "one call": {"texts": [CALL]},
     "two calls": {"texts": [CALL + "\n" + CALL]},
     "text and a call": {"texts": ["Let me look.\n" + CALL]},
-    "two choices": {"texts": [CALL, "It rains."]},
+    "blanks and a call": {"texts": ["\n\n" + CALL]},
+    "a call and text": {"texts": [CALL + " There."]},
+    "a named tool": {
+        "texts": ['{"city": "Köln"}'],
+        "tool_choice": {"type": "function", "function": {"name": "weather"}},
+    },
 }
 
 
@@ -235,15 +238,15 @@ PARSED = {
 def test_tool_calls(case: str, kind: Any) -> None:
     endpoint = Endpoint.CHAT if kind is OpenAIServingChat else Endpoint.MESSAGES
     parser = parser_class(tool_parser_name="hermes", reasoning_parser_name="")
-    body, events = both_chat(**PARSED[case], parser=parser, kind=kind, tools=TOOLS, tool_choice="auto")
-    if endpoint is Endpoint.MESSAGES and case == "two choices":
-        pytest.skip("messages have one choice")
+    body, events = both_chat(**({"tool_choice": "auto"} | PARSED[case]), parser=parser, kind=kind, tools=TOOLS)
     assert without_ids(wire.fold(endpoint, events)) == without_ids(body)
     assert wire.fold(endpoint, wire.unfold(endpoint, body)) == body
 
 
 @pytest.mark.parametrize("kind", [OpenAIServingChat, AnthropicServingMessages])
-@pytest.mark.parametrize("said", ["<think>\nHm, France.\n</think>\n\nParis", "<think>Hm, Fr", "<think>Hm.</think>" + CALL])
+@pytest.mark.parametrize(
+    "said", ["<think>\nHm, France.\n</think>\n\nParis", "<think>Hm, Fr", "<think>Hm.</think>" + CALL]
+)
 def test_reasoning(said: str, kind: Any) -> None:
     endpoint = Endpoint.CHAT if kind is OpenAIServingChat else Endpoint.MESSAGES
     parser = parser_class(tool_parser_name="hermes", reasoning_parser_name="qwen3")
@@ -362,12 +365,16 @@ def both_responses(said: str, parser: Any, finish: str = "stop") -> tuple[dict[s
 
 
 @pytest.mark.parametrize("finish", ["stop", "length"])
-@pytest.mark.parametrize("said", ["The capital is 😀 Paris", "<think>Hm, France.</think>Paris", "Look:" + CALL])
+@pytest.mark.parametrize(
+    "said", ["The capital is 😀 Paris", "<think>Hm, France.</think>Paris", "Look:" + CALL, "\n" + CALL]
+)
 def test_responses(said: str, finish: str) -> None:
     parser = parser_class(tool_parser_name="hermes", reasoning_parser_name="qwen3") if "<" in said else None
     body, events = both_responses(said, parser, finish)
     assert without_ids(wire.fold(Endpoint.RESPONSES, events)) == without_ids(body)
     assert wire.fold(Endpoint.RESPONSES, wire.unfold(Endpoint.RESPONSES, body)) == body
+    if said.startswith("\n"):
+        return  # vLLM's stream has one item more, see responses.py
     mine = [event.split(b"\n")[0] for event in wire.unfold(Endpoint.RESPONSES, body)]
     theirs = [event.split(b"\n")[0] for event in events]
     assert [kind for kind, _ in itertools.groupby(mine)] == [kind for kind, _ in itertools.groupby(theirs)]
