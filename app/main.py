@@ -26,6 +26,7 @@ from app.domain import Weights
 from app.engine import Engine, Phase, cpu
 from app.errors import StartRefused
 from app.gate.keys import Gate, KeyFile
+from app.observe.access import AccessLog
 from app.service import Service
 from app.settings import Settings
 from app.weights import DEFAULT_MODEL, DigestMemo, Registry, pull_default, resolve
@@ -61,9 +62,13 @@ def create_app(
     link = Link(settings, settings.redis_url.get_secret_value() if settings.redis_url else redis.url)  # type: ignore[union-attr]
     service = Service(settings, weights, engine or _engine(settings, weights, on_progress), Store(settings, link))
 
+    access = AccessLog(settings.log_format) if settings.access_log else None
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
+            if access is not None:
+                await stack.enter_async_context(access)
             if redis is not None:
                 stack.push_async_callback(redis.close)
                 await redis.start()
@@ -72,11 +77,13 @@ def create_app(
             await service.engine.start()
             yield
 
-    app = FastAPI(title="Refrain", version=__version__, lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="Refrain", version=__version__, lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None
+    )
     app.state.service = service
-    mount_routes(app, service, gate, settings)
+    answering = mount_routes(app, service, gate, settings)
     mount_docs(app)
-    app.add_middleware(Edge, access_log=settings.access_log)
+    app.add_middleware(Edge, direct=answering, access=access)
     return app
 
 
@@ -115,8 +122,16 @@ def _answer_settings(settings: Settings) -> dict[str, str]:
         "tensor_parallel_size": settings.tensor_parallel_size,
         "engine_args": settings.engine_args or None,
     }
-    told |= {key: settings.engine_args[key] for key in ("generation_config", "override_generation_config") if key in settings.engine_args}
-    return {key: value if isinstance(value, str) else json.dumps(value, sort_keys=True) for key, value in told.items() if value is not None}
+    told |= {
+        key: settings.engine_args[key]
+        for key in ("generation_config", "override_generation_config")
+        if key in settings.engine_args
+    }
+    return {
+        key: value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+        for key, value in told.items()
+        if value is not None
+    }
 
 
 def _chat_template(settings: Settings) -> str | None:
@@ -176,6 +191,7 @@ def run(settings: Settings, app: FastAPI, on_listening: Callable[[str], None]) -
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # nothing here depends on the client's address
         timeout_graceful_shutdown=max(1, round(settings.drain_s)),
         h11_max_incomplete_event_size=64 * 1024,
     )

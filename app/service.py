@@ -34,19 +34,20 @@ from app.settings import Settings
 _USAGE_ON_REQUEST = (Endpoint.CHAT, Endpoint.COMPLETIONS)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """What the cache may do for one call. Without a slot: nothing, for this reason.
-
-    `lookup_s` is how long looking took, once somebody has looked.
-    """
+    """What the cache may do for one call. Without a slot: nothing, for this reason."""
 
     slot: Slot | None
     may_read: bool
     may_write: bool
     directives: Directives
     bypass_reason: str | None = None
-    lookup_s: float | None = None
+
+    @property
+    def status(self) -> CacheStatus:
+        """What `x-cache` says if the answer has to be generated."""
+        return CacheStatus.MISS if self.slot and self.may_write else CacheStatus.BYPASS
 
 
 class Service:
@@ -75,7 +76,11 @@ class Service:
             return "off"
         if reason := why_uncacheable(call, self.weights):
             return reason
-        if self._settings.responses_store and call.endpoint is Endpoint.RESPONSES and call.body.get("store") is not False:
+        if (
+            self._settings.responses_store
+            and call.endpoint is Endpoint.RESPONSES
+            and call.body.get("store") is not False
+        ):
             return "stored"  # its id must be one that the engine can be asked for
         if self._settings.cache == "deterministic" and not is_deterministic(call, self.weights):
             return "not_deterministic"
@@ -92,7 +97,6 @@ class Service:
         began = time.perf_counter()
         if plan.slot is not None and plan.may_read:
             recording = await self.store.find(plan.slot)
-            plan.lookup_s = time.perf_counter() - began
             if recording is not None and plan.directives.accepts(age := age_s(recording)):
                 _count_hit(call, recording)
                 answer = _replay(recording, call)
@@ -104,8 +108,8 @@ class Service:
 
     # 3, 4, 5 -------------------------------------------------------------------------------------
 
-    async def generate(self, call: Call, plan: Plan) -> Reply:
-        """The engine's answer; recorded on its way out where the plan allows it.
+    async def generate(self, call: Call, plan: Plan, *, looked_s: float) -> Reply:
+        """The engine's answer; recorded on its way out where the plan allows it. `looked_s` went into `recall`.
 
         Raises:
             AppError: refused or broken before there was anything to send. Cancelling frees the engine.
@@ -114,14 +118,13 @@ class Service:
         await self.engine.state.ready(self._settings.loading_wait_s)
         with metrics.in_flight.track_inprogress():
             answer = await self.engine.answer(_asking_for_usage(call))
-        answer.timings.cache_s = plan.lookup_s
+        answer.timings.cache_s = looked_s
         if answer.body is not None:
             await self._record_body(call, plan, answer.body, answer.timings, began)
         else:
             answer = replace(answer, events=self._recorded(call, plan, answer, began))
-        status = CacheStatus.MISS if plan.slot and plan.may_write else CacheStatus.BYPASS
-        metrics.calls.labels(call.endpoint.label, status.value).inc()
-        return Reply(answer, status, self.weights.short, plan.slot.key if plan.slot else None)
+        metrics.child(metrics.calls, call.endpoint.label, plan.status.value).inc()
+        return Reply(answer, plan.status, self.weights.short, plan.slot.key if plan.slot else None)
 
     async def _recorded(self, call: Call, plan: Plan, answer: Answer, began: float) -> AsyncGenerator[bytes, None]:
         """The live events, kept as they pass. The recording is made before the last one is handed on, so a
@@ -154,9 +157,7 @@ class Service:
             return
         await self._keep(call, plan.slot, Form.BODY, document, (body, b"", b""), timings, began)
 
-    async def _record_events(
-        self, call: Call, plan: Plan, events: list[bytes], timings: Timings, began: float
-    ) -> None:
+    async def _record_events(self, call: Call, plan: Plan, events: list[bytes], timings: Timings, began: float) -> None:
         assert plan.slot is not None  # noqa: S101 - nothing is kept without one
         try:
             document = wire.fold(call.endpoint, events)
@@ -198,9 +199,9 @@ class Service:
 
 
 def _count_hit(call: Call, recording: Recording) -> None:
-    metrics.calls.labels(call.endpoint.label, CacheStatus.HIT.value).inc()
-    metrics.tokens_saved.labels("prompt").inc(recording.prompt_tokens)
-    metrics.tokens_saved.labels("completion").inc(recording.completion_tokens)
+    metrics.child(metrics.calls, call.endpoint.label, "hit").inc()
+    metrics.child(metrics.tokens_saved, "prompt").inc(recording.prompt_tokens)
+    metrics.child(metrics.tokens_saved, "completion").inc(recording.completion_tokens)
     metrics.seconds_saved.inc(recording.seconds)
 
 

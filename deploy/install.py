@@ -179,7 +179,9 @@ class Setup:
         stamp, reason = self._what_is_there()
         if reason:
             print(f"{shown(self.venv)} {reason}: making it anew.", flush=True)
-        interrupted, stamp.doing, stamp.done = stamp.doing, "", {}
+        interrupted = stamp.doing
+        if self.purpose != "lock":
+            stamp.done = {}
         steps = self.steps(interrupted, clear=bool(reason))
         for number, step in enumerate(steps, 1):
             stamp.doing = step.name

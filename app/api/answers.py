@@ -13,14 +13,15 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from typing import Any
+from typing import Any, NamedTuple
 
+from cachetools import LRUCache
 from starlette.types import Receive, Scope, Send
 
 from app import wire
-from app.api.body import ClientLeft, read_object
+from app.api.body import ClientLeft, parse, read
 from app.cache.policy import directives
-from app.domain import CacheStatus, Call, Endpoint, Reply, Timings
+from app.domain import CacheStatus, Call, Caller, Endpoint, Reply, Timings, Weights
 from app.errors import AppError, BadCall, Draining, EngineFailed, UnknownModel
 from app.gate.keys import Gate
 from app.observe import logs, metrics
@@ -31,6 +32,28 @@ log = logging.getLogger(__name__)
 
 Headers = list[tuple[bytes, bytes]]
 
+# What is understood of recent requests is kept up to this much memory, and not for bodies larger than that.
+MEMO_BYTES = 16 * 2**20
+MEMO_BODY_BYTES = 64 * 2**10
+
+
+class _Question(NamedTuple):
+    """All that `AnswerRoute` derives a call and its plan from; equal questions have equal plans."""
+
+    caller: Caller
+    weights: Weights
+    cache_control: bytes | None
+    content: bytes
+
+    def __hash__(self) -> int:
+        return hash((self.content, self.caller.tenant, self.cache_control))
+
+
+class _Understood(NamedTuple):
+    body: dict[str, Any]
+    plan: Plan
+    memory_bytes: int
+
 
 class AnswerRoute:
     """The ASGI app behind one of the endpoints that generate."""
@@ -40,34 +63,51 @@ class AnswerRoute:
         self._service = service
         self._gate = gate
         self._settings = settings
+        self._memo: LRUCache[_Question, _Understood] = LRUCache(MEMO_BYTES, lambda known: known.memory_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         began = time.perf_counter()
         headers = dict(scope["headers"])
         caller = self._gate.admit(presented_key(headers, allow_x_api_key=self._endpoint is Endpoint.MESSAGES))
-        try:
-            body = await read_object(scope, receive, self._settings)
-        except ClientLeft:
-            return
-        cache_control = headers.get(b"cache-control")
-        wanted = directives(cache_control and cache_control.decode("latin-1"), body.pop("cache", None))
-        call = Call(self._endpoint, self._checked(body), caller, logs.request_id.get() or "")
-
-        plan = self._service.plan(call, wanted)
-        reply = await self._service.recall(call, plan)
-        status = reply.cache if reply else CacheStatus.MISS if plan.slot else CacheStatus.BYPASS
         fields = scope["refrain"]
-        fields |= {"cache": status.value, "tenant": caller.tenant}
+        fields["tenant"] = caller.tenant
         if caller.key_id:
             fields["key"] = caller.key_id
+        try:
+            content = await read(headers, receive, self._settings)
+        except ClientLeft:
+            return
+        call, plan = self._understood(_Question(caller, self._service.weights, headers.get(b"cache-control"), content))
+
+        looking = time.perf_counter()
+        reply = await self._service.recall(call, plan)
+        status = reply.cache if reply else plan.status
+        fields["cache"] = status.value
         if reply is not None:
             await _send(reply, send)
             timings = reply.answer.timings
         else:
-            timings = await self._generate(call, plan, receive, send)
+            timings = await self._generate(call, plan, time.perf_counter() - looking, receive, send)
         if timings.completion_tokens is not None:
-            fields |= {"in": timings.prompt_tokens, "out": timings.completion_tokens}
+            fields["in"], fields["out"] = timings.prompt_tokens, timings.completion_tokens
         _observe(status, timings, time.perf_counter() - began)
+
+    def _understood(self, question: _Question) -> tuple[Call, Plan]:
+        """The call, and what the cache may do for it. The same bytes from the same caller are understood once."""
+        known = self._memo.get(question)
+        if known is None:
+            known = self._understand(question)
+            if known.plan.slot is not None and len(question.content) <= MEMO_BODY_BYTES:
+                self._memo[question] = known
+        return Call(self._endpoint, known.body, question.caller, logs.request_id.get() or ""), known.plan
+
+    def _understand(self, question: _Question) -> _Understood:
+        body = parse(question.content, self._settings.max_json_depth)
+        header = (question.cache_control or b"").decode("latin-1")
+        wanted = directives(header, body.pop("cache", None))
+        call = Call(self._endpoint, self._checked(body), question.caller, "")
+        # The bytes, and about three times as much for the objects made of them.
+        return _Understood(body, self._service.plan(call, wanted), 1024 + 4 * len(question.content))
 
     def _checked(self, body: dict[str, Any]) -> dict[str, Any]:
         """What must hold before a key can be made: the model is ours, `stream` is a boolean."""
@@ -83,10 +123,10 @@ class AnswerRoute:
             raise BadCall("`stream` must be true or false", param="stream")
         return body
 
-    async def _generate(self, call: Call, plan: Plan, receive: Receive, send: Send) -> Timings:
+    async def _generate(self, call: Call, plan: Plan, looked_s: float, receive: Receive, send: Send) -> Timings:
         """Run the generation while its client is there. Raises what it raises, before the first byte."""
         stream = _Stream(send, self._settings.keep_alive_s, self._early_headers(plan), call.endpoint)
-        work = asyncio.create_task(self._answer(call, plan, stream, send), name="answer")
+        work = asyncio.create_task(self._answer(call, plan, looked_s, stream, send), name="answer")
         gone = asyncio.create_task(_gone(receive), name="client-gone")
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -105,14 +145,14 @@ class AnswerRoute:
                 task.cancel()
             await asyncio.wait({work, gone})
 
-    async def _answer(self, call: Call, plan: Plan, stream: _Stream, send: Send) -> Timings:
+    async def _answer(self, call: Call, plan: Plan, looked_s: float, stream: _Stream, send: Send) -> Timings:
         if not call.is_streaming:
-            reply = await self._service.generate(call, plan)
+            reply = await self._service.generate(call, plan, looked_s=looked_s)
             await _send(reply, send)
             return reply.answer.timings
         async with stream.kept_alive():
             try:
-                reply = await self._service.generate(call, plan)
+                reply = await self._service.generate(call, plan, looked_s=looked_s)
                 assert reply.answer.events is not None  # noqa: S101 - a streaming call
                 async with aclosing(reply.answer.events) as events:  # type: ignore[type-var]
                     await stream.run(reply, events)
@@ -126,9 +166,8 @@ class AnswerRoute:
 
     def _early_headers(self, plan: Plan) -> Headers:
         """For a stream that starts with a keep-alive, before the engine has said anything."""
-        status = CacheStatus.MISS if plan.slot and plan.may_write else CacheStatus.BYPASS
         key = plan.slot.key if plan.slot else None
-        return _headers(status, self._service.weights.short, key, None, Timings(), b"text/event-stream")
+        return _headers(plan.status, self._service.weights.short, key, None, Timings(), b"text/event-stream")
 
 
 class _Stream:
@@ -155,7 +194,7 @@ class _Stream:
             is_whole = wire.is_last(self._endpoint, event)
             if is_whole:
                 timing = server_timing(reply.answer.timings)
-                event = b": server-timing " + timing.encode() + b"\n\n" + event  # noqa: PLW2901
+                event = b": server-timing " + timing.encode() + b"\n\n" + event
             await self._write(event)
         if not is_whole:
             raise EngineFailed("the answer broke off before it was complete")
@@ -266,10 +305,8 @@ def server_timing(timings: Timings) -> str:
 
 
 def _observe(status: CacheStatus, timings: Timings, seconds: float) -> None:
-    metrics.duration.labels(status.value).observe(seconds)
+    metrics.child(metrics.duration, status.value).observe(seconds)
     for name in ("cache", "queue", "prefill", "decode"):
         value = getattr(timings, f"{name}_s")
         if value is not None:
-            metrics.phases.labels(name).observe(max(0.0, value))
-
-
+            metrics.child(metrics.phases, name).observe(max(0.0, value))

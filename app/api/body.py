@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from typing import Any
 
@@ -12,6 +13,8 @@ from starlette.types import Receive, Scope
 from app.errors import BadCall, BodyTimedOut, BodyTooLarge, NotJson
 from app.settings import Settings
 
+DISCARD_S = 5.0
+
 _decoder = msgspec.json.Decoder()
 
 
@@ -20,29 +23,39 @@ class ClientLeft(Exception):
 
 
 async def read_object(scope: Scope, receive: Receive, settings: Settings) -> dict[str, Any]:
-    """The request's body as a JSON object.
+    """`read` and `parse` in one."""
+    return parse(await read(dict(scope["headers"]), receive, settings), settings.max_json_depth)
+
+
+async def read(headers: dict[bytes, bytes], receive: Receive, settings: Settings) -> bytes:
+    """The bytes of a JSON request's body.
 
     Raises:
         NotJson: another content type. BodyTooLarge, BodyTimedOut: past the bounds.
-        BadCall: not JSON, not an object, nested too deeply.
         ClientLeft: nobody is there any more.
     """
-    _check_headers(scope, settings.max_body_bytes)
+    _check_type(headers)
     try:
         async with asyncio.timeout(settings.body_timeout_s):
-            body = await _read(receive, settings.max_body_bytes)
+            _check_length(headers, settings.max_body_bytes)
+            return await _read(receive, settings.max_body_bytes)
+    except BodyTooLarge:
+        if b"expect" not in headers:  # a client that asks first has not sent anything yet
+            await _discard(receive)
+        raise
     except TimeoutError:
         raise BodyTimedOut(
             f"the request body did not arrive within {settings.body_timeout_s:g} s", headers={"connection": "close"}
         ) from None
-    return parse(body, settings.max_json_depth)
 
 
-def _check_headers(scope: Scope, max_bytes: int) -> None:
-    headers = dict(scope["headers"])
+def _check_type(headers: dict[bytes, bytes]) -> None:
     media_type = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
     if media_type != b"application/json" and not media_type.endswith(b"+json"):
         raise NotJson("the content type must be application/json")
+
+
+def _check_length(headers: dict[bytes, bytes], max_bytes: int) -> None:
     length = headers.get(b"content-length", b"0")
     if length.isdigit() and int(length) > max_bytes:
         raise _too_large(max_bytes)
@@ -68,41 +81,45 @@ async def _read(receive: Receive, max_bytes: int) -> bytes:
         message = await receive()
 
 
+async def _discard(receive: Receive) -> None:
+    """Take in what a client still sends and forget it, for a while: to close the connection under a client
+    that is sending resets it, and then what we answer is lost."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_S):
+            while (await receive()).get("more_body", False):
+                continue
+
+
 def _too_large(max_bytes: int) -> BodyTooLarge:
-    # What is still on its way will not be read, so the connection cannot be used again.
+    # There may be more on its way than we read, so the connection cannot be used again.
     return BodyTooLarge(f"the request body is larger than {max_bytes} bytes", headers={"connection": "close"})
 
 
 def parse(body: bytes, max_depth: int) -> dict[str, Any]:
-    """Raises BadCall unless `body` is a JSON object nested no deeper than `max_depth`."""
-    # Brackets inside strings count too, so this only ever errs towards looking closer.
-    if body.count(b"[") + body.count(b"{") > max_depth and _depth(body) > max_depth:
-        raise BadCall(f"the body is nested deeper than {max_depth} levels")
+    """The JSON object in `body`; raises BadCall where there is none, or one nested deeper than `max_depth`."""
     try:
         parsed = _decoder.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except RecursionError:
+        raise BadCall(f"the body is nested deeper than {max_depth} levels") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BadCall(f"the body is not valid JSON: {error}") from None
     if not isinstance(parsed, dict):
         raise BadCall(f"the body must be a JSON object, not {_kind(parsed)}")
+    # Every level has a bracket; those inside strings count too, so this only ever errs towards looking closer.
+    if body.count(b"[") + body.count(b"{") > max_depth and _is_deeper(parsed, max_depth):
+        raise BadCall(f"the body is nested deeper than {max_depth} levels")
     return parsed
 
 
-def _depth(body: bytes) -> int:
-    """Deepest nesting, looking past strings. Linear, without recursion."""
-    deepest = depth = at = 0
-    while at < len(body):
-        byte = body[at]
-        if byte == 0x22:  # a string: skip to its closing quote
-            at += 1
-            while at < len(body) and body[at] != 0x22:
-                at += 2 if body[at] == 0x5C else 1
-        elif byte in b"[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif byte in b"]}":
-            depth -= 1
-        at += 1
-    return deepest
+def _is_deeper(parsed: Any, max_depth: int) -> bool:
+    """Whether arrays and objects are nested deeper than that; level by level, without recursion."""
+    level = [parsed]
+    for _ in range(max_depth):
+        inner = [value for each in level for value in (each.values() if type(each) is dict else each)]
+        level = [value for value in inner if type(value) is dict or type(value) is list]
+        if not level:
+            return False
+    return True
 
 
 def _kind(value: Any) -> str:

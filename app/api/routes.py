@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from app import __version__
 from app.api.answers import AnswerRoute, presented_key
@@ -33,17 +34,20 @@ from app.service import Service
 from app.settings import Settings
 
 
-def mount_routes(app: FastAPI, service: Service, gate: Gate, settings: Settings) -> None:
-    """Add every route of the API to the app; those that answer come first, since routes are tried in order."""
-    for endpoint in Endpoint:
-        route = AnswerRoute(endpoint, service, gate, settings)
-        app.router.routes.append(Route(endpoint.value, route, methods=["POST"]))
+def mount_routes(app: FastAPI, service: Service, gate: Gate, settings: Settings) -> dict[str, ASGIApp]:
+    """Add every route of the API to the app; those that answer are given back too, by path (see `Edge`)."""
+    answering: dict[str, ASGIApp] = {
+        endpoint.value: AnswerRoute(endpoint, service, gate, settings) for endpoint in Endpoint
+    }
+    for path, route in answering.items():
+        app.router.routes.append(Route(path, route, methods=["POST"]))
     _mount_models(app, service, gate)
     _mount_tokens(app, service, gate, settings)
     _mount_stored_responses(app, service, gate)
     _mount_health(app, service)
     _mount_admin(app, service, gate, settings)
     _mount_errors(app)
+    return answering
 
 
 def _mount_models(app: FastAPI, service: Service, gate: Gate) -> None:
@@ -165,7 +169,7 @@ def _mount_admin(app: FastAPI, service: Service, gate: Gate, settings: Settings)
         chosen = await read_object(request.scope, request.receive, settings)
         model, tenant = chosen.get("model"), chosen.get("tenant")
         if unknown := set(chosen) - {"model", "tenant", "all"}:
-            raise BadCall(f"there is no `{sorted(unknown)[0]}` to purge by", param=sorted(unknown)[0])
+            raise BadCall(f"there is no `{min(unknown)}` to purge by", param=min(unknown))
         if not all(isinstance(name, str | None) for name in (model, tenant)):
             raise BadCall("`model` and `tenant` must be strings")
         if not (model or tenant) and chosen.get("all") is not True:

@@ -65,7 +65,9 @@ class EmbeddedRedis:
         self._run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock_fd = await _locked(self._settings.home / "redis")
         if self._lock_fd is None:
-            log.warning("another server holds the snapshot under %s; this one's recordings end with it", self._settings.home)
+            log.warning(
+                "another server holds the snapshot under %s; this one's recordings end with it", self._settings.home
+            )
         await self._spawn()
         self._watch = asyncio.create_task(self._restart_when_dead(), name="redis-watch")
 

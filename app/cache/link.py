@@ -18,13 +18,11 @@ from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
 from redis.exceptions import (
     AuthenticationError,
-    ConnectionError,
     MaxConnectionsError,
     NoPermissionError,
     ReadOnlyError,
     RedisError,
     ResponseError,
-    TimeoutError,
 )
 
 from app.errors import RedisDown
@@ -37,7 +35,7 @@ PROBE_EVERY_S = 0.5
 MAX_CONNECTIONS = 64
 
 # What says "the server cannot serve us now", as against "this question was wrong for this key".
-_DOWN = (ConnectionError, TimeoutError, OSError, AuthenticationError, NoPermissionError, ReadOnlyError)
+_DOWN = (AuthenticationError, NoPermissionError, ReadOnlyError)
 # Errors of a server that is up and refuses all the same: full, loading, in a failover.
 _REFUSALS = ("OOM", "LOADING", "MISCONF", "MASTERDOWN", "CLUSTERDOWN", "NOREPLICAS", "BUSY", "UNBLOCKED")
 
@@ -76,7 +74,7 @@ class Link:
                 self._went_down(error)
                 raise RedisDown(self._where) from error
             raise
-        except (*_DOWN, RedisError, asyncio.TimeoutError) as error:
+        except (RedisError, OSError) as error:  # our deadline's TimeoutError is an OSError
             self._went_down(error)
             raise RedisDown(self._where) from error
 
@@ -84,7 +82,7 @@ class Link:
         if self._probe:
             self._probe.cancel()
             await asyncio.gather(self._probe, return_exceptions=True)
-        with contextlib.suppress(RedisError, OSError, asyncio.TimeoutError):
+        with contextlib.suppress(RedisError, OSError):
             async with asyncio.timeout(self._settings.redis_timeout_s):
                 await self.client.aclose()
 
@@ -94,14 +92,16 @@ class Link:
         self._up = False
         metrics.redis_up.set(0)
         reason = str(error) or f"no answer within {self._settings.redis_timeout_s:g} s"
-        log.warning("redis is down (%s: %s): answers are generated and not recorded until it is back", self._where, reason)
+        log.warning(
+            "redis is down (%s: %s): answers are generated and not recorded until it is back", self._where, reason
+        )
         self._probe = asyncio.create_task(self._ask_until_up(), name="redis-probe")
 
     async def _ask_until_up(self) -> None:
         while True:
             await asyncio.sleep(PROBE_EVERY_S)
             # A write, since a full or read-only server still answers PING.
-            with contextlib.suppress(RedisError, OSError, asyncio.TimeoutError):
+            with contextlib.suppress(RedisError, OSError):
                 async with asyncio.timeout(self._settings.redis_timeout_s):
                     await self.client.set(f"{self._settings.redis_namespace}:probe", b"1", px=1000)
                 self._up = True
@@ -129,7 +129,8 @@ def client(settings: Settings, url: str) -> Any:
         nodes = [(host, int(port)) for host, _, port in (node.rpartition(":") for node in hosts.split(","))]
         parsed = aioredis.connection.parse_url(url)
         given = {name: value for name, value in parsed.items() if name in ("username", "password", "db")}
-        return Sentinel(nodes, sentinel_kwargs=options, **options, **given).master_for(service or "mymaster")
+        sentinel = Sentinel(nodes, sentinel_kwargs=options, **options, **given)  # type: ignore[no-untyped-call]
+        return sentinel.master_for(service or "mymaster")
     pool = aioredis.BlockingConnectionPool.from_url(
         url, **options, max_connections=MAX_CONNECTIONS, timeout=settings.redis_timeout_s
     )

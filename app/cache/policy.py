@@ -31,7 +31,7 @@ class Directives:
 NONE = Directives()
 
 
-def directives(header: str | None, body_object: Any) -> Directives:
+def directives(header: str, body_object: Any) -> Directives:
     """What the `Cache-Control` header and the body's `cache` object ask for, the stricter of the two.
 
     Unknown directives of the header are ignored, as HTTP says; in our own object they are an error, so that
@@ -42,7 +42,7 @@ def directives(header: str | None, body_object: Any) -> Directives:
     """
     if not header and body_object is None:
         return NONE
-    return _stricter(_from_header(header or ""), _from_body(body_object))
+    return _stricter(_from_header(header), _from_body(body_object))
 
 
 def _from_header(header: str) -> Directives:
@@ -50,15 +50,21 @@ def _from_header(header: str) -> Directives:
     names = {name.strip() for name, _, _ in parts}
     ages = [value.strip().strip('"') for name, _, value in parts if name.strip() == "max-age"]
     # RFC 9111, 4.2.1: what is not a number of seconds is treated as stale, that is as 0.
-    age = min((int(age) if age.isascii() and age.isdigit() else 0 for age in ages), default=None)
+    age = min((_seconds(age) for age in ages), default=None)
     return Directives("no-cache" in names, "no-store" in names, "only-if-cached" in names, age)
+
+
+def _seconds(age: str) -> int:
+    if not (age.isascii() and age.isdigit()):
+        return 0
+    return int(age) if len(age) <= 10 else 2**31  # RFC 9111, 1.2.2: what is too large to hold is 2^31
 
 
 def _from_body(given: Any) -> Directives:
     if given is None:
         return NONE
     if not isinstance(given, dict):
-        raise BadCall("`cache` must be an object such as {\"no_cache\": true}", param="cache")
+        raise BadCall('`cache` must be an object such as {"no_cache": true}', param="cache")
     fields = {str(name).replace("-", "_"): value for name, value in given.items()}
     for name, value in fields.items():
         if name not in _BODY_FIELDS:

@@ -75,11 +75,16 @@ def unpack(value: bytes, key: str) -> Recording:
     if tag != _tag(key, flags, content):
         raise BrokenRecording("corrupt")
     try:
-        if flags & _ZSTD:
-            content = _decompressor.decompress(content, max_output_size=_MAX_UNPACKED_BYTES)
-        return _decoder.decode(content)
-    except (msgspec.DecodeError, zstandard.ZstdError) as error:
+        return _decoder.decode(_decompressed(content) if flags & _ZSTD else content)
+    except (ValueError, zstandard.ZstdError, MemoryError) as error:  # msgspec's errors, and bad UTF-8, are ValueErrors
         raise BrokenRecording("unreadable") from error
+
+
+def _decompressed(content: bytes) -> bytes:
+    # The frame says how large it is (ours all do), and `decompress` believes it, whatever limit it is given.
+    if not 0 <= zstandard.frame_content_size(content) <= _MAX_UNPACKED_BYTES:
+        raise BrokenRecording("unreadable")
+    return _decompressor.decompress(content)
 
 
 def _tag(key: str, flags: int, content: bytes) -> bytes:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import quote, unquote
 
 from redis.exceptions import ResponseError
@@ -52,23 +55,11 @@ class Store:
         self._settings = settings
         self._namespace = settings.redis_namespace
         self.link = link
+        self._lookups = _Lookups(link, one_by_one=settings.redis_cluster)
 
     async def find(self, slot: Slot) -> Recording | None:
         """The recording, whole, or None: not there, Redis down, or not one of ours."""
-        name = slot.name(self._namespace)
-        try:
-            value = await self.link.ask(lambda redis: redis.get(name))
-        except RedisDown:
-            metrics.cache_errors.labels("down").inc()
-            return None
-        except ResponseError:  # a key of another type lies where our value should be
-            return await self._discard(name, "foreign")
-        if value is None:
-            return None
-        try:
-            return unpack(value, slot.key)
-        except BrokenRecording as error:
-            return await self._discard(name, str(error))
+        return await self._lookups.find(slot.name(self._namespace), slot.key)
 
     async def keep(self, slot: Slot, recording: Recording) -> bool:
         """Write it, with a jittered TTL. False: too large, or Redis would not take it."""
@@ -122,7 +113,7 @@ class Store:
                 async for name in self.link.client.scan_iter(match=pattern, count=SCAN_COUNT):
                     yield name.decode()
                 return
-            cursor, names = await self.link.ask(lambda redis, at=at: redis.scan(at, match=pattern, count=SCAN_COUNT))
+            cursor, names = await self.link.ask(_scan(at, pattern))
             for name in names:
                 yield name.decode()
             if not cursor:
@@ -130,17 +121,97 @@ class Store:
 
     async def _unlink(self, names: list[str]) -> int:
         if self._settings.redis_cluster:  # keys of one command must share a slot there
-            return sum([await self.link.ask(lambda redis, name=name: redis.unlink(name)) for name in names])
+            return sum([await self.link.ask(_unlink(name)) for name in names])
         return int(await self.link.ask(lambda redis: redis.unlink(*names)))
 
-    async def _discard(self, name: str, reason: str) -> None:
-        """What lies there is not an answer of ours: count it and take it away, so that the next is one."""
-        metrics.cache_errors.labels(reason).inc()
-        log.warning("a value in redis is no recording of ours (%s); it reads as a miss and is removed", reason)
+
+class _Lookups:
+    """Reads of one moment go to Redis as one MGET: under load a round trip costs more than what it carries.
+
+    At most ROUND_TRIPS are on their way; what is asked meanwhile goes with the next. Several who ask for the
+    same key in one batch share one value, unpacked once.
+    """
+
+    ROUND_TRIPS = 2
+
+    def __init__(self, link: Link, *, one_by_one: bool) -> None:
+        self._link = link
+        self._one_by_one = one_by_one  # in a Cluster the keys of one command must share a slot
+        self._waiting: dict[str, tuple[str, list[asyncio.Future[Recording | None]]]] = {}
+        self._under_way: set[asyncio.Task[None]] = set()
+
+    async def find(self, name: str, key: str) -> Recording | None:
+        loop = asyncio.get_running_loop()
+        found: asyncio.Future[Recording | None] = loop.create_future()
+        if not self._waiting and len(self._under_way) < self.ROUND_TRIPS:
+            loop.call_soon(self._go)
+        self._waiting.setdefault(name, (key, []))[1].append(found)
+        return await found
+
+    def _go(self) -> None:
+        if self._waiting and len(self._under_way) < self.ROUND_TRIPS:
+            batch, self._waiting = self._waiting, {}
+            task = asyncio.create_task(self._look_up(batch))
+            self._under_way.add(task)
+            task.add_done_callback(self._back)
+
+    def _back(self, task: asyncio.Task[None]) -> None:
+        self._under_way.discard(task)
+        self._go()
+
+    async def _look_up(self, batch: dict[str, tuple[str, list[asyncio.Future[Recording | None]]]]) -> None:
+        names = list(batch)
         try:
-            await self.link.ask(lambda redis: redis.unlink(name))
-        except (RedisDown, ResponseError):
-            return
+            values = await self._values(names)
+        except RedisDown:
+            metrics.cache_errors.labels("down").inc(len(names))
+            values = [None] * len(names)
+        broken: dict[str, str] = {}
+        for name, value in zip(names, values, strict=True):
+            key, futures = batch[name]
+            recording = None
+            if value is not None:
+                try:
+                    recording = unpack(value, key)
+                except BrokenRecording as error:
+                    broken[name] = str(error)
+            for future in futures:
+                if not future.done():  # its caller may have left
+                    future.set_result(recording)
+        if broken:
+            await self._discard(broken)
+
+    async def _values(self, names: list[str]) -> list[bytes | None]:
+        """The values, in order; None where there is none, or (MGET says so) something that is not a string.
+
+        Raises RedisDown.
+        """
+        if not self._one_by_one:
+            return list(await self._link.ask(lambda redis: redis.mget(names)))
+
+        async def value(name: str) -> bytes | None:
+            try:
+                return bytes(found) if (found := await self._link.ask(lambda redis: redis.get(name))) else None
+            except ResponseError:
+                return None
+
+        return [await value(name) for name in names]
+
+    async def _discard(self, broken: dict[str, str]) -> None:
+        """What lies there is no answer of ours: count it and take it away, so that the next one is."""
+        for name, reason in broken.items():
+            metrics.cache_errors.labels(reason).inc()
+            log.warning("a value in redis is no recording of ours (%s); it reads as a miss and is removed", reason)
+            with contextlib.suppress(RedisDown, ResponseError):
+                await self._link.ask(_unlink(name))
+
+
+def _scan(cursor: object, pattern: str) -> Callable[[Any], Awaitable[Any]]:
+    return lambda redis: redis.scan(cursor, match=pattern, count=SCAN_COUNT)
+
+
+def _unlink(name: str) -> Callable[[Any], Awaitable[Any]]:
+    return lambda redis: redis.unlink(name)
 
 
 def age_s(recording: Recording) -> float:

@@ -13,6 +13,7 @@ import signal
 
 from app.lifeline import die_with_parent
 
+
 def _in_core() -> None:
     with contextlib.suppress(PermissionError):  # already a session leader
         os.setsid()  # the terminal's Ctrl-C is for the server, which drains; the core must finish first

@@ -23,7 +23,7 @@ from app.engine.schema import refuse_misfits
 from app.errors import AppError, EngineDown, NotFound, UnsupportedEndpoint
 from app.settings import Settings
 
-_WORDS = "the cache remembers what the engine said and says it again without a second thought".split()
+_WORDS = "the cache remembers what the engine said and says it again without a second thought".split()  # noqa: SIM905
 
 
 class Script:
@@ -189,7 +189,7 @@ def _body(call: Call, said: list[str], name: _Name) -> dict[str, Any]:
                 "usage": usage,
             }
         case Endpoint.RESPONSES:
-            part = {"type": "output_text", "text": text, "annotations": [], "logprobs": None}
+            part: dict[str, Any] = {"type": "output_text", "text": text, "annotations": [], "logprobs": None}
             item = {
                 "id": f"msg_{ident[5:]}",
                 "type": "message",

@@ -123,7 +123,7 @@ class VllmEngine:
         self._on_progress(detail)
 
     async def _death(self) -> None:
-        while not self._llm.errored:
+        while not self._llm.errored:  # vLLM sets a flag and wakes nobody
             await asyncio.sleep(DEATH_CHECK_S)
 
     async def _shut_down(self) -> None:
@@ -430,7 +430,7 @@ def _parse(settings: Settings, weights: Weights) -> Any:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    class Parser(FlexibleArgumentParser):
+    class Parser(FlexibleArgumentParser):  # type: ignore[misc]
         def error(self, message: str) -> Any:
             raise ValueError(f"vLLM does not take these engine arguments: {message}")
 

@@ -20,7 +20,7 @@ class _WithRequestId(logging.Filter):
         return True
 
 
-def configure(*, format: str, level: str) -> None:  # noqa: A002
+def configure(*, format: str, level: str) -> None:
     """Send all logging to standard error in one format."""
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(_WithRequestId())

@@ -5,6 +5,9 @@ Labels come from fixed lists and never from a client's text, so their number is 
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 from prometheus_client import Counter, Gauge, Histogram
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -12,7 +15,9 @@ _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 
 calls = Counter("refrain_calls_total", "Calls for an answer, by what the cache had.", ["endpoint", "cache"])
 responses = Counter("refrain_http_responses_total", "HTTP responses by status.", ["status"])
 bypasses = Counter("refrain_cache_bypass_total", "Calls that were kept apart from the cache, by reason.", ["reason"])
-cache_errors = Counter("refrain_cache_errors_total", "Cache reads and writes that came to nothing, by cause.", ["cause"])
+cache_errors = Counter(
+    "refrain_cache_errors_total", "Cache reads and writes that came to nothing, by cause.", ["cause"]
+)
 recorded = Counter("refrain_cache_recorded_total", "Answers recorded.", ["endpoint"])
 not_recorded = Counter("refrain_cache_not_recorded_total", "Answers that were cacheable and not recorded.", ["reason"])
 tokens_saved = Counter("refrain_tokens_saved_total", "Tokens answered from the cache.", ["kind"])
@@ -24,3 +29,9 @@ in_flight = Gauge("refrain_generations_in_flight", "Generations that are running
 left = Counter("refrain_clients_left_total", "Clients that went away before their answer was complete.")
 duration = Histogram("refrain_call_seconds", "From request to last byte.", ["cache"], buckets=_SECONDS)
 phases = Histogram("refrain_phase_seconds", "Time per phase of a call.", ["phase"], buckets=_SECONDS)
+
+
+@cache
+def child(metric: Any, *labels: str) -> Any:
+    """`metric.labels(*labels)`, looked up once: on the way of every hit that look-up is half the cost."""
+    return metric.labels(*labels)
