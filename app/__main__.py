@@ -53,6 +53,7 @@ def serve(
     settings = load(host=host, port=port, model=model, engine=engine, cache=cache, log_format=log_format)
     logs.configure(format=settings.log_format, level=settings.log_level)
     log = logging.getLogger("app")
+    main.open_gate(settings)  # refused before minutes are spent on a model
     with _progress() as report:
         weights = main.find_weights(settings, report)
     app = main.create_app(settings, weights)

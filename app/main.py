@@ -16,6 +16,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from app import __version__
+from app.api.corked import CorkedProtocol
 from app.api.docs import mount_docs
 from app.api.edge import Edge
 from app.api.routes import mount_routes
@@ -50,14 +51,9 @@ def create_app(
         on_progress: called with one line per step of the engine's start.
 
     Raises:
-        StartRefused: the settings do not allow to serve (no keys on an open address).
+        StartRefused: no keys on an open address, or keys that cannot be read.
     """
-    gate = Gate(KeyFile(settings.keys_path))
-    if gate.is_open and not settings.is_loopback:
-        raise StartRefused(
-            f"refusing to serve on {settings.host} without API keys: make one with "
-            "`refrain keys create --tenant NAME`, or bind 127.0.0.1"
-        )
+    gate = open_gate(settings)
     redis = EmbeddedRedis(settings) if settings.redis_url is None else None
     link = Link(settings, settings.redis_url.get_secret_value() if settings.redis_url else redis.url)  # type: ignore[union-attr]
     service = Service(settings, weights, engine or _engine(settings, weights, on_progress), Store(settings, link))
@@ -85,6 +81,17 @@ def create_app(
     mount_docs(app)
     app.add_middleware(Edge, direct=answering, access=access)
     return app
+
+
+def open_gate(settings: Settings) -> Gate:
+    """The gate that the settings allow; raises StartRefused where an open address has no keys."""
+    gate = Gate(KeyFile(settings.keys_path))
+    if gate.is_open and not settings.is_loopback:
+        raise StartRefused(
+            f"refusing to serve on {settings.host} without API keys: make one with "
+            "`refrain keys create --tenant NAME`, or bind 127.0.0.1"
+        )
+    return gate
 
 
 def find_weights(settings: Settings, report: Callable[[str], None]) -> Weights:
@@ -188,6 +195,7 @@ def run(settings: Settings, app: FastAPI, on_listening: Callable[[str], None]) -
         app,
         host=settings.host,
         port=settings.port,
+        http=CorkedProtocol,
         log_config=None,
         access_log=False,
         server_header=False,

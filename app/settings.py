@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -127,6 +128,13 @@ class Settings(BaseSettings):
     def _absolute(cls, value: Path | None) -> Path | None:
         return value.expanduser().absolute() if value else None
 
+    @field_validator("redis_url", mode="after")
+    @classmethod
+    def _is_a_redis_url(cls, value: SecretStr | None) -> SecretStr | None:
+        if value and not value.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError("a redis://, rediss:// or unix:// URL is needed")
+        return value
+
     @model_validator(mode="after")
     def _redis_options_agree(self) -> Self:
         if (self.redis_sentinel or self.redis_cluster) and self.redis_url is None:
@@ -179,21 +187,37 @@ def load(**overrides: Any) -> Settings:
     Raises:
         StartRefused: a value that does not fit, or a variable under our prefix that nobody reads.
     """
-    known = {PREFIX + name.upper() for name in Settings.model_fields} | {f"{PREFIX}CONFIG"}
-    for name in os.environ:
-        if name.upper().startswith(PREFIX) and name.upper() not in known:
-            close = difflib.get_close_matches(name.upper(), known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise StartRefused(f"{name} is set but is no setting of ours{hint} (`refrain config` lists all)")
+    known = {name.upper() for name in Settings.model_fields} | {"CONFIG"}
+    for variable in os.environ:
+        prefix, name = variable[: len(PREFIX)].upper(), variable[len(PREFIX) :].upper()
+        if prefix == PREFIX and name not in known:
+            hint = _meant(name, known, PREFIX)
+            raise StartRefused(f"{variable} is set but is no setting of ours{hint} (`refrain config` lists all)")
+    given = {name: value for name, value in overrides.items() if value is not None}
     try:
-        return Settings(**{name: value for name, value in overrides.items() if value is not None})
+        return Settings(**given)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0]) if first["loc"] else ""
-        where = f"{PREFIX}{name.upper()} (--{name.replace('_', '-')}): " if name else ""
-        raise StartRefused(f"{where}{first['msg'].removeprefix('Value error, ')}") from error
+        raise StartRefused(_first_mistake(error, given)) from error
     except (tomllib.TOMLDecodeError, ValueError) as error:
         raise StartRefused(f"settings cannot be read: {error}") from error
+
+
+def _first_mistake(error: ValidationError, given: dict[str, Any]) -> str:
+    """One line, that names the setting the way it was given; a secret's value is not in it."""
+    first = error.errors(include_input=False, include_url=False)[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:
+        return message
+    name = str(first["loc"][0])
+    if first["type"] == "extra_forbidden":  # variables were looked at before, so it stands in the file
+        return f"{name} in {config_file()} is no setting of ours{_meant(name, set(Settings.model_fields))}"
+    shown = f"--{name.replace('_', '-')}" if name in given else PREFIX + name.upper()
+    return f"{shown}: {message}"
+
+
+def _meant(name: str, known: set[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
 def origins(settings: Settings, overrides: dict[str, Any]) -> dict[str, str]:
@@ -224,8 +248,11 @@ def masked(settings: Settings) -> dict[str, str]:
 
 
 def mask_url(url: str) -> str:
-    """`redis://user:secret@host:1/0` becomes `redis://user:***@host:1/0`."""
-    scheme, separator, rest = url.partition("://")
+    """`redis://user:secret@host:1/0` becomes `redis://user:***@host:1/0`; a `?password=` is masked too."""
+    scheme, separator, rest = _PASSWORD_OPTION.sub(r"\1***", url).partition("://")
     credentials, at, location = rest.rpartition("@")
     user = credentials.partition(":")[0]
-    return f"{scheme}{separator}{user}:***@{location}" if at else url
+    return f"{scheme}{separator}{user}:***@{location}" if at else f"{scheme}{separator}{rest}"
+
+
+_PASSWORD_OPTION = re.compile(r"([?&]\w*password=)[^&]*", re.IGNORECASE)

@@ -12,6 +12,7 @@ import fcntl
 import json
 import logging
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -41,8 +42,8 @@ class EmbeddedRedis:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._run_dir = run_dir(settings.home)
-        self._socket = self._run_dir / "redis.sock"
+        self._run_dir = settings.home / "run" / str(os.getpid())
+        self._socket = socket_path(self._run_dir)
         self._lock_fd: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._watch: asyncio.Task[None] | None = None
@@ -62,7 +63,8 @@ class EmbeddedRedis:
             StartRefused: the binary does not run here.
         """
         clear_leftovers(self._settings.home)
-        self._run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for directory in (self._run_dir, self._socket.parent):
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock_fd = await _locked(self._settings.home / "redis")
         if self._lock_fd is None:
             log.warning(
@@ -85,7 +87,7 @@ class EmbeddedRedis:
         if self._lock_fd is not None:
             os.close(self._lock_fd)
             self._lock_fd = None
-        shutil.rmtree(self._run_dir, ignore_errors=True)
+        _remove(self._run_dir)
 
     async def _spawn(self) -> None:
         self._socket.unlink(missing_ok=True)
@@ -151,12 +153,12 @@ async def _locked(directory: Path) -> int | None:
             return fd
 
 
-def run_dir(home: Path) -> Path:
-    """`<home>/run/<pid>`, or one under the temporary directory where a socket's path would be too long there."""
-    beside = home / "run" / str(os.getpid())
-    if len(str(beside / "redis.sock")) <= _SOCKET_PATH_MAX:
+def socket_path(run_dir: Path) -> Path:
+    """In the run directory, or under the temporary one, by a name nobody can guess, where the path would be too long."""
+    beside = run_dir / "redis.sock"
+    if len(os.fsencode(beside)) <= _SOCKET_PATH_MAX:
         return beside
-    return Path(tempfile.gettempdir()) / f"refrain-{os.getuid()}-{os.getpid()}"
+    return Path(tempfile.gettempdir()) / f"refrain-{secrets.token_hex(8)}" / "redis.sock"
 
 
 def running(home: Path) -> Iterator[str]:
@@ -174,6 +176,15 @@ def clear_leftovers(home: Path) -> None:
         try:
             os.kill(int(directory.name), 0)
         except ProcessLookupError:
-            shutil.rmtree(directory, ignore_errors=True)
+            _remove(directory)
         except (ValueError, PermissionError):
             continue
+
+
+def _remove(run_dir: Path) -> None:
+    """A run directory, and the socket's where that is another."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        socket = Path(json.loads((run_dir / "server.json").read_text())["url"].removeprefix("unix://"))
+        if socket.parent != run_dir and socket.parent.name.startswith("refrain-"):
+            shutil.rmtree(socket.parent, ignore_errors=True)
+    shutil.rmtree(run_dir, ignore_errors=True)

@@ -25,7 +25,7 @@ from redis.exceptions import (
     ResponseError,
 )
 
-from app.errors import RedisDown
+from app.errors import RedisDown, StartRefused
 from app.observe import metrics
 from app.settings import Settings, mask_url
 
@@ -114,7 +114,20 @@ def client(settings: Settings, url: str) -> Any:
     """An asyncio client for a URL, a Sentinel set-up or a Cluster, with our deadlines and no hidden retries.
 
     redis-py's own defaults (5 s and several tries) let one call hang for a minute when a server stalls.
+
+    Raises:
+        StartRefused: what the settings say cannot be understood.
     """
+    try:
+        return _client(settings, url)
+    except (ValueError, TypeError):  # what redis-py says may hold a part of the password
+        raise StartRefused(
+            f"{mask_url(url)} is not understood: REFRAIN_REDIS_URL is redis://user:password@host:port/db (percent-encode "
+            "what is special in a password), REFRAIN_REDIS_SENTINEL host:port,host:port/service"
+        ) from None
+
+
+def _client(settings: Settings, url: str) -> Any:
     options: dict[str, Any] = {
         "socket_timeout": settings.redis_timeout_s,
         "socket_connect_timeout": settings.redis_timeout_s,
@@ -134,4 +147,5 @@ def client(settings: Settings, url: str) -> Any:
     pool = aioredis.BlockingConnectionPool.from_url(
         url, **options, max_connections=MAX_CONNECTIONS, timeout=settings.redis_timeout_s
     )
+    pool.connection_class(**pool.connection_kwargs)  # connects to nothing, and refuses options that there are not
     return aioredis.Redis.from_pool(pool)

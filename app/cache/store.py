@@ -166,6 +166,10 @@ class _Lookups:
         except RedisDown:
             metrics.cache_errors.labels("down").inc(len(names))
             values = [None] * len(names)
+        except Exception:  # this task's edge: whatever it was, those who wait must not wait for ever
+            log.exception("redis refused to read recordings; they count as misses")
+            metrics.cache_errors.labels("not_read").inc(len(names))
+            values = [None] * len(names)
         broken: dict[str, str] = {}
         for name, value in zip(names, values, strict=True):
             key, futures = batch[name]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import os
 import re
 import secrets
@@ -19,6 +20,8 @@ from filelock import FileLock
 
 from app.domain import Caller
 from app.errors import StartRefused, Unauthenticated
+
+log = logging.getLogger(__name__)
 
 LOOK_AGAIN_S = 1.0
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
@@ -46,7 +49,7 @@ class KeyFile:
             return msgspec.json.decode(self._path.read_bytes(), type=list[Key])
         except FileNotFoundError:
             return []
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, ValueError) as error:  # msgspec's errors, and bad UTF-8, are ValueErrors
             raise StartRefused(f"the keys in {self._path} cannot be read: {error}") from error
 
     def create(self, tenant: str, *, admin: bool = False) -> tuple[str, Key]:
@@ -95,12 +98,12 @@ class Gate:
     """Who a request is from. Without any key (loopback only) everybody is the tenant `default`."""
 
     def __init__(self, file: KeyFile) -> None:
+        """Raises StartRefused where the file cannot be understood."""
         self._file = file
-        self._looked = float("-inf")
-        self._stamp: tuple[int, int] | None = None
-        self._keys: dict[str, Key] = {}
-        self._had_keys = False
-        self._refresh()
+        self._looked = time.monotonic()
+        self._stamp = file.stamp()
+        self._keys = _by_hash(file.read())
+        self._had_keys = bool(self._keys)
 
     @property
     def is_open(self) -> bool:
@@ -133,17 +136,21 @@ class Gate:
         if stamp == self._stamp and self._keys:
             return
         try:
-            keys = self._file.read()
-        except StartRefused:
-            if self._had_keys:  # half a file, or a wrong one: the keys we know stay in force
-                return
-            raise
+            self._keys = _by_hash(self._file.read())
+        except StartRefused as error:
+            # Somebody wants keys, and it is not clear which: those we know stay in force, and no door is open.
+            if stamp != self._stamp:
+                log.warning("%s; until they can be, those known before stay in force", error)
+            self._had_keys = True
         self._stamp = stamp
-        self._keys = {key.sha256: key for key in keys}
-        self._had_keys = self._had_keys or bool(keys)
+        self._had_keys = self._had_keys or bool(self._keys)
 
 
 _ANYBODY = Caller()
+
+
+def _by_hash(keys: list[Key]) -> dict[str, Key]:
+    return {key.sha256: key for key in keys}
 
 
 def _hash(secret: str) -> str:

@@ -35,7 +35,7 @@ def convert(gguf: Path, out: Path) -> None:
     model.config.dtype = torch.bfloat16
 
     # 3. Tokenizer. transformers 5.19 loses the GGUF's pre-tokenizer "smollm", which sets every digit apart before
-    #    the usual split; without it "$ 42" becomes other tokens than the model was trained on.
+    #    the usual split; without it the blanks before a number become other tokens than in training.
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
     if not tokenizer.chat_template:
         raise ValueError(f"{gguf.name} holds no chat template")

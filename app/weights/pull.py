@@ -134,26 +134,28 @@ def _installed() -> list[Path]:
     ]
 
 
+def _has_pip() -> bool:
+    # Not by `find_spec("pip")`: to ask that switches setuptools' `distutils` off for the rest of the process, and
+    # vLLM, which imports setuptools later, would not start.
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    try:
+        distribution("pip")
+    except PackageNotFoundError:
+        return False
+    return True
+
+
 def _download(scratch: Path) -> None:
     import subprocess
 
     requirement = f"{PACKAGE}=={VERSION}"
-    if importlib.util.find_spec("pip"):
+    if _has_pip():
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
         command += ["--no-deps", "--only-binary", ":all:", "-d", str(scratch), requirement]
     elif uv := shutil.which("uv"):  # an environment made by uv has no pip
-        command = [
-            uv,
-            "pip",
-            "install",
-            "--quiet",
-            "--no-deps",
-            "--only-binary",
-            ":all:",
-            "--target",
-            str(scratch),
-            requirement,
-        ]
+        command = [uv, "pip", "install", "--quiet"]
+        command += ["--no-deps", "--only-binary", ":all:", "--target", str(scratch), requirement]
     else:
         raise StartRefused(
             f"{PACKAGE} {VERSION} cannot be downloaded: this Python has no pip and there is no uv; {_BY_HAND}"

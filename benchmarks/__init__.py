@@ -1,0 +1,1 @@
+"""Measurements of the whole server against its peers, on this machine, in one run. `python -m benchmarks --help`."""

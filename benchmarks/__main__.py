@@ -1,0 +1,42 @@
+"""`python -m benchmarks [hits|misses|start|all] [--quick] [--rounds N] [--save]`: see LOG.md for what was found."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import signal
+import sys
+
+BENCHMARKS = ("hits", "misses", "start")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("what", nargs="?", choices=[*BENCHMARKS, "all"], default="all")
+    parser.add_argument("--quick", action="store_true", help="few and short rounds: shows that it works, not how fast")
+    parser.add_argument("--rounds", type=int, help="how often each server has its turn")
+    parser.add_argument("--save", action="store_true", help="append the JSON to benchmarks/results/<name>.jsonl")
+    given = parser.parse_args()
+    prepare_process()
+    names = BENCHMARKS if given.what == "all" else (given.what,)
+    found = {}
+    for name in names:
+        benchmark = importlib.import_module(f"benchmarks.{name}")
+        found[name] = benchmark.run(quick=given.quick, rounds=given.rounds, save=given.save)
+    print(json.dumps(found if given.what == "all" else found[given.what]))
+
+
+def prepare_process() -> None:
+    """No settings from outside, and SIGTERM ends us by way of every `finally`, so that no server stays behind."""
+    from benchmarks.servers import clean_environment
+
+    clean = clean_environment()
+    os.environ.clear()
+    os.environ.update(clean)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+
+
+if __name__ == "__main__":
+    main()
