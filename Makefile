@@ -40,6 +40,7 @@ fix: ## format and repair what ruff can
 	@$(SET_UP) --for test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/python -m app.settings_table README.md
 
 bench: ## measure hits, misses and peers on this machine; ARGS= goes to the benchmarks
 	@$(SET_UP) --for test

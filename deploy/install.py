@@ -45,6 +45,9 @@ if wanted == "cpu":
     current_platform.import_kernels()
     if not hasattr(torch.ops._C, "rms_norm"):
         sys.exit("vLLM's kernels for this CPU did not load")
+    # Byte code is written here once; the server and its engine would otherwise both compile it at the first start.
+    import vllm.entrypoints.generate.api_router, vllm.entrypoints.launchers.api_server.app_state
+    import vllm.entrypoints.launchers.cli_args, vllm.v1.engine.async_llm, vllm.v1.worker.cpu_worker
 print(f"vLLM {vllm.__version__}, PyTorch {torch.__version__}")
 """
 

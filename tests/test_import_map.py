@@ -253,7 +253,9 @@ def test_the_engine_is_chosen_in_one_place() -> None:
 
 
 def test_no_two_modules_import_each_other() -> None:
-    leads_to = {module: {each.name for each in IMPORTS if each.module == module and not each.is_late} for module in MODULES}
+    leads_to = {
+        module: {each.name for each in IMPORTS if each.module == module and not each.is_late} for module in MODULES
+    }
 
     def visit(module: str, path: tuple[str, ...]) -> None:
         assert module not in path, " -> ".join((*path[path.index(module) :], module))
@@ -288,7 +290,9 @@ def test_everything_imported_is_asked_for_in_pyproject() -> None:
 HEAVY = ("vllm", "torch", "transformers", "openai")
 
 
-@pytest.mark.parametrize("module", ["app.__main__", "app.main", "app.engine.vllm", "app.engine.scripted", "app.api.docs"])
+@pytest.mark.parametrize(
+    "module", ["app.__main__", "app.main", "app.engine.vllm", "app.engine.scripted", "app.api.docs"]
+)
 def test_importing_it_loads_nothing_heavy(module: str) -> None:
     """The map by deed: also what our vendors import on their own."""
     program = f"import sys, {module}; print([name for name in {HEAVY} if name in sys.modules])"

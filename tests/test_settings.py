@@ -211,7 +211,8 @@ def test_which_addresses_are_ours_alone(host: str, is_loopback: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["redis://u:hun/ter2@h:1/0", "redis://h:port/0", "redis://h/0?nothing_like_it=1", "redis://h?socket_timeout=x"]
+    "url",
+    ["redis://u:hun/ter2@h:1/0", "redis://h:port/0", "redis://h/0?nothing_like_it=1", "redis://h?socket_timeout=x"],
 )
 def test_a_redis_url_that_cannot_be_used_is_one_line_without_the_password(url: str) -> None:
     """Each of these used to be a traceback, at the start or with the first request."""

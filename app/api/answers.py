@@ -19,10 +19,10 @@ from cachetools import LRUCache
 from starlette.types import Receive, Scope, Send
 
 from app import wire
-from app.api.body import ClientLeft, parse, read
+from app.api.body import parse, read
 from app.cache.policy import directives
 from app.domain import CacheStatus, Call, Caller, Endpoint, Reply, Timings, Weights
-from app.errors import AppError, BadCall, Draining, EngineFailed, UnknownModel
+from app.errors import AppError, BadCall, Broken, Draining, EngineFailed, UnknownModel
 from app.gate.keys import Gate
 from app.observe import logs, metrics
 from app.service import Plan, Service
@@ -73,10 +73,7 @@ class AnswerRoute:
         fields["tenant"] = caller.tenant
         if caller.key_id:
             fields["key"] = caller.key_id
-        try:
-            content = await read(headers, receive, self._settings)
-        except ClientLeft:
-            return
+        content = await read(headers, receive, self._settings)
         call, plan = self._understood(_Question(caller, self._service.weights, headers.get(b"cache-control"), content))
 
         looking = time.perf_counter()
@@ -135,11 +132,14 @@ class AnswerRoute:
                 log.info("the client left; its generation ends")
                 return Timings()
             return work.result()
-        except asyncio.CancelledError:  # the drain budget is spent
-            if stream.started:
-                with contextlib.suppress(Exception):
-                    await asyncio.shield(stream.fail(Draining("the server stopped before the answer was complete")))
-            raise
+        except asyncio.CancelledError:  # the drain budget is spent; this is the outermost task, so it ends here
+            stopped = Draining("the server stopped before the answer was complete", retry_after_s=5)
+            if not stream.started:
+                raise stopped from None
+            work.cancel()
+            with contextlib.suppress(Exception):
+                await asyncio.shield(stream.fail(stopped))
+            return Timings()
         finally:
             for task in (work, gone):
                 task.cancel()
@@ -161,6 +161,12 @@ class AnswerRoute:
                     raise
                 log.warning("a stream ended with an error: %s", error.message)
                 await stream.fail(error)
+                return Timings()
+            except Exception:  # a fault of ours; the client is told all the same that this is no end
+                if not stream.started:
+                    raise
+                log.exception("a stream broke")
+                await stream.fail(Broken("the server failed on this answer; its log names the reason"))
                 return Timings()
             return reply.answer.timings
 

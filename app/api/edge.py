@@ -14,6 +14,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.api.body import ClientLeft
 from app.errors import AppError
 from app.observe import logs, metrics
 from app.observe.access import AccessLog
@@ -59,6 +60,8 @@ class Edge:
         app = self._direct.get(scope["path"], self._app) if scope["method"] == "POST" else self._app
         try:
             await app(scope, receive, send_with_id)
+        except ClientLeft:
+            pass  # there is nobody to answer
         except Exception as error:
             if status:  # too late for another status; the connection ends, which no client takes for an end
                 log.exception("a response broke after it had begun")
@@ -81,6 +84,10 @@ def _request_id(scope: Scope) -> str:
     for name, value in scope["headers"]:
         if name == b"x-request-id" and _SANE_ID.fullmatch(value):
             return str(value, "ascii")
+    return new_request_id()
+
+
+def new_request_id() -> str:
     return f"req_{os.urandom(16).hex()}"
 
 

@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 START_TIMEOUT_S = 5.0
 STOP_TIMEOUT_S = 8.0
 WATCH_EVERY_S = 0.25
+# One that ends by itself before this age could not read its snapshot.
+YOUNG_S = 5.0
 # A predecessor that was killed is still writing its snapshot for a moment; it holds the lock meanwhile.
 LOCK_WAIT_S = 3.0
 # Longest path a unix socket may have (sun_path, less the closing zero).
@@ -46,6 +49,7 @@ class EmbeddedRedis:
         self._socket = socket_path(self._run_dir)
         self._lock_fd: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._spawned_at = 0.0
         self._watch: asyncio.Task[None] | None = None
 
     @property
@@ -70,7 +74,12 @@ class EmbeddedRedis:
             log.warning(
                 "another server holds the snapshot under %s; this one's recordings end with it", self._settings.home
             )
-        await self._spawn()
+        try:
+            await self._spawn()
+        except StartRefused:
+            if not self._set_snapshot_aside():
+                raise
+            await self._spawn()
         self._watch = asyncio.create_task(self._restart_when_dead(), name="redis-watch")
 
     async def close(self) -> None:
@@ -91,6 +100,7 @@ class EmbeddedRedis:
 
     async def _spawn(self) -> None:
         self._socket.unlink(missing_ok=True)
+        self._spawned_at = time.monotonic()
         self._process = subprocess.Popen(  # noqa: ASYNC220 - forks in a millisecond, and must do so in this thread
             self._command(),
             stdin=subprocess.DEVNULL,
@@ -128,12 +138,29 @@ class EmbeddedRedis:
         return [str(get_binary_path()), *(part for name, value in options.items() for part in (f"--{name}", value))]
 
     async def _restart_when_dead(self) -> None:
+        pause_s = WATCH_EVERY_S
         while True:
-            await asyncio.sleep(WATCH_EVERY_S)
-            if self._process and self._process.poll() is not None:
-                log.warning("the embedded redis ended (code %s); starting it again", self._process.returncode)
-                with contextlib.suppress(StartRefused, OSError):
-                    await self._spawn()
+            await asyncio.sleep(pause_s)
+            if self._process is None or self._process.poll() is None:
+                continue
+            code = self._process.returncode
+            log.warning("the embedded redis ended (code %s); starting it again", code)
+            if code > 0 and time.monotonic() - self._spawned_at < YOUNG_S:  # by itself, over what it loads
+                self._set_snapshot_aside()
+            try:
+                await self._spawn()
+                pause_s = WATCH_EVERY_S
+            except (StartRefused, OSError):
+                pause_s = min(2 * pause_s, 30.0)
+
+    def _set_snapshot_aside(self) -> bool:
+        """A server that cannot read its snapshot ends at once, again and again: an empty cache is better than none."""
+        snapshot = self._settings.home / "redis" / "dump.rdb"
+        if self._lock_fd is None or not snapshot.exists():
+            return False
+        log.warning("the snapshot %s may be broken; it is set aside as dump.rdb.broken", snapshot)
+        snapshot.replace(snapshot.with_name("dump.rdb.broken"))
+        return True
 
 
 async def _locked(directory: Path) -> int | None:
@@ -154,7 +181,7 @@ async def _locked(directory: Path) -> int | None:
 
 
 def socket_path(run_dir: Path) -> Path:
-    """In the run directory, or under the temporary one, by a name nobody can guess, where the path would be too long."""
+    """In the run directory; where that path is too long, under the temporary one, by a name nobody can guess."""
     beside = run_dir / "redis.sock"
     if len(os.fsencode(beside)) <= _SOCKET_PATH_MAX:
         return beside

@@ -122,8 +122,8 @@ def client(settings: Settings, url: str) -> Any:
         return _client(settings, url)
     except (ValueError, TypeError):  # what redis-py says may hold a part of the password
         raise StartRefused(
-            f"{mask_url(url)} is not understood: REFRAIN_REDIS_URL is redis://user:password@host:port/db (percent-encode "
-            "what is special in a password), REFRAIN_REDIS_SENTINEL host:port,host:port/service"
+            f"{mask_url(url)} is not understood: REFRAIN_REDIS_URL is redis://user:password@host:port/db (with what is "
+            "special in a password percent-encoded), REFRAIN_REDIS_SENTINEL is host:port,host:port/service"
         ) from None
 
 

@@ -8,6 +8,7 @@ and every core asks the kernel to be killed with it: no core outlives us to spin
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 
@@ -19,6 +20,9 @@ def _in_core() -> None:
         os.setsid()  # the terminal's Ctrl-C is for the server, which drains; the core must finish first
     die_with_parent(signal.SIGKILL)
 
+
+# It says once per process that Triton is not there, which on a CPU is as it should be.
+logging.getLogger("torch._library.triton").disabled = True
 
 if os.environ.get("_REFRAIN_FORKSERVER") == "1":
     os.register_at_fork(after_in_child=_in_core)

@@ -47,7 +47,9 @@ def test_what_was_packed_opens_the_same(recording: Recording, key: str, compress
 
 
 @given(recordings, st.sampled_from([0, 10**9]), st.data())
-def test_one_flipped_bit_anywhere_breaks_it(recording: Recording, compress_above_bytes: int, data: st.DataObject) -> None:
+def test_one_flipped_bit_anywhere_breaks_it(
+    recording: Recording, compress_above_bytes: int, data: st.DataObject
+) -> None:
     value = bytearray(pack(recording, KEY, compress_above_bytes=compress_above_bytes))
     at = data.draw(st.integers(0, len(value) - 1))
     value[at] ^= 1 << data.draw(st.integers(0, 7))
@@ -103,7 +105,10 @@ def test_bytes_from_elsewhere_are_foreign(value: bytes) -> None:
         msgspec.msgpack.encode(["novel", 1.0, "i", 1, b"", b"", b"", 1, 1, 1.0]),
         msgspec.msgpack.encode(["body", "soon", "i", 1, b"", b"", b"", 1, 1, 1.0]),
         # A string that is not UTF-8: msgspec raises another kind of error for it.
-        b"\x9a\xa4body\xcb" + struct.pack(">d", 1.0) + b"\xa2\xff\xff\x01\xc4\x00\xc4\x00\xc4\x00\x01\x01\xcb" + bytes(8),
+        b"\x9a\xa4body\xcb"
+        + struct.pack(">d", 1.0)
+        + b"\xa2\xff\xff\x01\xc4\x00\xc4\x00\xc4\x00\x01\x01\xcb"
+        + bytes(8),
         msgspec.msgpack.encode(ONE) + b"more",
     ],
 )
