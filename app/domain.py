@@ -122,8 +122,9 @@ class Weights:
     """The weights that are served: what they are called, where they lie, and the digest that *is* them.
 
     `digest` is the SHA-256 (hex) over the content of every file that can change an answer; `settings_digest`
-    covers what the engine was told about them (dtype, quantization, parsers, vLLM's version, ...).
-    `sampling_defaults` are the generation config's values for parameters that a call leaves out.
+    covers what the engine was told about them (dtype, quantization, parsers, vLLM's version, ...). `dtype` is what
+    the engine computes in. `sampling_defaults` are the generation config's values for parameters that a call
+    leaves out.
     """
 
     name: str
@@ -133,6 +134,7 @@ class Weights:
     sampling_defaults: dict[str, float]
     created: int = 0
     max_model_len: int | None = None
+    dtype: str = "auto"
 
     @property
     def short(self) -> str:

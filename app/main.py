@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import logging
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -107,8 +109,11 @@ def find_weights(settings: Settings, report: Callable[[str], None]) -> Weights:
         pull_default(registry, report)
     memo = DigestMemo(settings.home / "digests.json")
     found = resolve(settings.model, registry, memo, _answer_settings(settings), report)
+    dtype = cpu.dtype(settings, Path(found.path))
     return replace(
         found,
+        dtype=dtype,
+        settings_digest=hashlib.sha256(f"{found.settings_digest} {dtype}".encode()).hexdigest(),
         name=settings.served_model_name or found.name,
         max_model_len=settings.max_model_len or found.max_model_len,
     )
@@ -119,7 +124,6 @@ def _answer_settings(settings: Settings) -> dict[str, str]:
     name, version = cpu.distribution()
     told: dict[str, Any] = {
         "vllm": f"{name}=={version}",
-        "dtype": settings.dtype,
         "quantization": settings.quantization,
         "max_model_len": settings.max_model_len,
         "tool_call_parser": settings.tool_call_parser,

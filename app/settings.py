@@ -66,7 +66,10 @@ class Settings(BaseSettings):
     loading_wait_s: float = Field(
         60.0, ge=0, description="How long a miss waits for an engine that is still loading; then 503."
     )
-    dtype: str = Field("auto", description="vLLM's dtype: auto, bfloat16, float16, float32.")
+    dtype: str = Field(
+        "auto",
+        description="bfloat16, float16, float32; auto is the weights' own, or float32 on a CPU that has no bfloat16.",
+    )
     quantization: str | None = Field(None, description="vLLM's quantization method, if the weights do not say it.")
     max_model_len: int | None = Field(None, gt=0, description="Longest prompt plus answer, in tokens.")
     max_num_seqs: int | None = Field(None, gt=0, description="Most sequences in one batch.")

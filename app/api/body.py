@@ -35,14 +35,14 @@ async def read(headers: dict[bytes, bytes], receive: Receive, settings: Settings
         ClientLeft: nobody is there any more.
     """
     _check_type(headers)
-    try:
-        async with asyncio.timeout(settings.body_timeout_s):
-            _check_length(headers, settings.max_body_bytes)
-            return await _read(receive, settings.max_body_bytes)
-    except BodyTooLarge:
+    length = headers.get(b"content-length", b"0")
+    if length.isdigit() and int(length) > settings.max_body_bytes:
         if b"expect" not in headers:  # a client that asks first has not sent anything yet
             await _discard(receive)
-        raise
+        raise _too_large(settings.max_body_bytes)
+    try:
+        async with asyncio.timeout(settings.body_timeout_s):
+            return await _read(receive, settings.max_body_bytes)
     except TimeoutError:
         raise BodyTimedOut(
             f"the request body did not arrive within {settings.body_timeout_s:g} s", headers={"connection": "close"}
@@ -53,12 +53,6 @@ def _check_type(headers: dict[bytes, bytes]) -> None:
     media_type = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
     if media_type != b"application/json" and not media_type.endswith(b"+json"):
         raise NotJson("the content type must be application/json")
-
-
-def _check_length(headers: dict[bytes, bytes], max_bytes: int) -> None:
-    length = headers.get(b"content-length", b"0")
-    if length.isdigit() and int(length) > max_bytes:
-        raise _too_large(max_bytes)
 
 
 async def _read(receive: Receive, max_bytes: int) -> bytes:
@@ -75,6 +69,8 @@ async def _read(receive: Receive, max_bytes: int) -> bytes:
         chunks.append(message.get("body", b""))
         size += len(chunks[-1])
         if size > max_bytes:
+            if message.get("more_body", False):
+                await _discard(receive)
             raise _too_large(max_bytes)
         if not message.get("more_body", False):
             return b"".join(chunks)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -12,6 +14,8 @@ import psutil
 from app.settings import Settings
 
 GIB = 2**30
+# Most of the machine's memory that weights may take when they are widened to float32.
+FLOAT32_SHARE = 0.3
 
 
 def distribution() -> tuple[str, str]:
@@ -45,6 +49,29 @@ def environment(settings: Settings) -> dict[str, str]:
         "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib or _kv_cache_gib()),
     }
     return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+def dtype(settings: Settings, weights: Path) -> str:
+    """What to compute in: the setting, or for `auto` on a CPU what is fastest there.
+
+    A CPU without bfloat16 instructions (AVX-512 BF16, AMX, Arm's BF16) emulates them, at half the speed of
+    float32 and less (benchmarks/LOG.md). float32 takes twice the memory, so only where that is plentiful.
+    """
+    if settings.dtype != "auto" or settings.quantization or not is_cpu() or _has_bfloat16():
+        return settings.dtype
+    config = json.loads((weights / "config.json").read_text())
+    if "quantization_config" in config or (config.get("dtype") or config.get("torch_dtype")) != "bfloat16":
+        return settings.dtype
+    as_float32 = 2 * sum(file.stat().st_size for file in weights.glob("*.safetensors"))
+    return "float32" if as_float32 < psutil.virtual_memory().total * FLOAT32_SHARE else settings.dtype
+
+
+def _has_bfloat16() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return True  # not Linux; nothing to go by
+    return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", flags) is not None
 
 
 def _kv_cache_gib() -> int:

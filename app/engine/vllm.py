@@ -36,7 +36,6 @@ from app.errors import (
     UnknownModel,
     UnsupportedEndpoint,
 )
-from app.observe import metrics
 from app.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -106,7 +105,6 @@ class VllmEngine:
             detail = self.state.detail if self.state.detail.startswith("start failed") else "restarting after a crash"
             self.state.become(Phase.LOADING, detail)
             await asyncio.sleep(RESTART_BACKOFF_S * (2 ** (failures - 1) - 1))
-            metrics.engine_restarts.inc()
 
     async def _load(self) -> None:
         """Build everything once. What is built lives as long as the engine, so the garbage collector need not
@@ -402,7 +400,7 @@ def arguments(settings: Settings, weights: Weights) -> list[str]:
     options: dict[str, Any] = {
         "model": weights.path,
         "served_model_name": weights.name,
-        "dtype": settings.dtype,
+        "dtype": weights.dtype,
         "quantization": settings.quantization,
         "max_model_len": settings.max_model_len,
         "max_num_seqs": settings.max_num_seqs,
