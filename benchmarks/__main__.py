@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
-import signal
-import sys
+
+from benchmarks.servers import prepare_process
 
 BENCHMARKS = ("hits", "misses", "start")
 
@@ -26,16 +25,6 @@ def main() -> None:
         benchmark = importlib.import_module(f"benchmarks.{name}")
         found[name] = benchmark.run(quick=given.quick, rounds=given.rounds, save=given.save)
     print(json.dumps(found if given.what == "all" else found[given.what]))
-
-
-def prepare_process() -> None:
-    """No settings from outside, and SIGTERM ends us by way of every `finally`, so that no server stays behind."""
-    from benchmarks.servers import clean_environment
-
-    clean = clean_environment()
-    os.environ.clear()
-    os.environ.update(clean)
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 if __name__ == "__main__":

@@ -84,12 +84,12 @@ def _one_server(
 
 
 def _server(name: str, model: Weights, logs: Path, stack: ExitStack) -> AbstractContextManager[servers.Server]:
-    arguments, environment = servers.our_engine(model)
     if name == REFRAIN:
         return servers.refrain(stack.enter_context(servers.fresh_home()), logs)
     if name == SAME:
+        arguments, environment = servers.our_engine(model)
         return servers.vllm_serve(name, arguments, logs, **environment)
-    return servers.vllm_serve(name, [model.path, "--served-model-name", model.name], logs)
+    return servers.vllm_default(model, logs)
 
 
 def warm_up(url: str, model: str) -> None:
@@ -98,7 +98,7 @@ def warm_up(url: str, model: str) -> None:
     def ask(number: int) -> None:
         question = f"{time.time_ns()} {number}: count from one to twenty, and then back again, in words."
         call = {"model": model, "messages": [{"role": "user", "content": question}], "max_tokens": 24, "temperature": 0}
-        httpx.post(f"{url}/v1/chat/completions", json=call, timeout=120).raise_for_status()
+        httpx.post(f"{url}/v1/chat/completions", json=call, timeout=300).raise_for_status()
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(ask, range(16)))
@@ -152,8 +152,8 @@ def bench(
 
 
 def hits(url: str) -> float:
-    counts = re.findall(r'^refrain_calls_total\{[^}]*cache="hit"[^}]*\} (\S+)', httpx.get(f"{url}/metrics").text, re.M)
-    return sum(float(count) for count in counts)
+    counted = re.compile(r'^refrain_calls_total\{[^}]*cache="hit"[^}]*\} (\S+)', re.MULTILINE)
+    return sum(float(count) for count in counted.findall(httpx.get(f"{url}/metrics").text))
 
 
 def _tell(report: Report, samples: dict[tuple[str, int], list[dict[str, float]]], save: bool) -> dict[str, Any]:

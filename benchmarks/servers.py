@@ -140,6 +140,13 @@ def vllm_serve(
     return running(name, command, port, logs, VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1", **environment)
 
 
+def vllm_default(model: Weights, logs: Path) -> contextlib.AbstractContextManager[Server]:
+    """`vllm serve MODEL` as it comes, but for the size of its KV cache: by default it wants 92% of all memory, free."""
+    space = cpu.environment(Settings(home=WEIGHTS_HOME))["VLLM_CPU_KVCACHE_SPACE"] if cpu.is_cpu() else ""
+    environment = {"VLLM_CPU_KVCACHE_SPACE": space} if space else {}
+    return vllm_serve("vllm default", [model.path, "--served-model-name", model.name], logs, **environment)
+
+
 def vllm_command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "benchmarks.vllm_cli", *arguments]
 
@@ -226,6 +233,14 @@ def our_engine(model: Weights) -> tuple[list[str], dict[str, str]]:
 
 
 # --- small things ----------------------------------------------------------------------------------
+
+
+def prepare_process() -> None:
+    """No settings from outside, and SIGTERM ends us by way of every `finally`, so that no server stays behind."""
+    clean = clean_environment()
+    os.environ.clear()
+    os.environ.update(clean)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def clean_environment() -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,10 +15,10 @@ from benchmarks.misses import warm_up
 from benchmarks.report import Report, medians, ratio, step, verdict
 
 PHYSICS = """\
-A start is imports (vLLM and torch: seconds of one core), a new process for the engine's core, reading 0.27 GB of weights
-from the page cache, and a first run of the model; `vllm serve` as it comes also compiles, or loads what it compiled
-before. A hit needs none of that but Redis with its snapshot and the HTTP port. Both servers have run once before the
-first round, so that files and compiler caches are warm for both."""
+A start is imports (vLLM and torch: seconds of one core), a new process for the engine core, reading 0.27 GB of
+weights from the page cache, and a first run of the model; `vllm serve` as it comes also compiles, or loads what it
+compiled before. A hit needs none of that but Redis with its snapshot and the HTTP port. Both servers have run once
+before the first round, so that files and compiler caches are warm for both."""
 
 PATH = "/v1/chat/completions"
 
@@ -53,7 +52,7 @@ def run(*, quick: bool, rounds: int | None, save: bool) -> dict[str, Any]:
 def _record(home: Path, logs: Path, call: dict[str, Any]) -> None:
     with servers.refrain(home, logs) as server:
         server.wait_ok("/readyz")
-        httpx.post(server.url + PATH, json=call, timeout=60).raise_for_status()
+        httpx.post(server.url + PATH, json=call, timeout=300).raise_for_status()
         server.wait_for(lambda: _is_hit(server.url, call), "a recorded answer", 600)
 
 
@@ -67,8 +66,7 @@ def _start_refrain(home: Path, logs: Path, call: dict[str, Any]) -> dict[str, fl
 
 
 def _start_vllm(model: Weights, logs: Path) -> dict[str, float]:
-    arguments = [model.path, "--served-model-name", model.name]
-    with servers.vllm_serve("vllm default", arguments, logs) as server:
+    with servers.vllm_default(model, logs) as server:
         found = {"ready_s": server.wait_ok("/health", 600, every_s=0.05)}
         warm_up(server.url, model.name)
         return found
@@ -76,7 +74,7 @@ def _start_vllm(model: Weights, logs: Path) -> dict[str, float]:
 
 def _is_hit(url: str, call: dict[str, Any]) -> bool:
     """`only-if-cached`: an answer from the recording or a refusal, never a wait for the engine."""
-    answer = httpx.post(url + PATH, content=json.dumps(call), headers={"cache-control": "only-if-cached"}, timeout=10)
+    answer = httpx.post(url + PATH, json=call, headers={"cache-control": "only-if-cached"}, timeout=10)
     return answer.status_code == 200 and answer.headers["x-cache"] == "hit"
 
 

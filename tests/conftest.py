@@ -98,7 +98,12 @@ def settings(tmp_path: Path, shared_redis: RedisServer) -> Settings:
 
 def make_settings(home: Path, redis: RedisServer | None, **values: Any) -> Settings:
     url = {"redis_url": redis.url} if redis else {}
-    defaults = {"home": home, "engine": "scripted", "redis_namespace": f"t{secrets.token_hex(6)}", "redis_timeout_s": 1.0}
+    defaults = {
+        "home": home,
+        "engine": "scripted",
+        "redis_namespace": f"t{secrets.token_hex(6)}",
+        "redis_timeout_s": 1.0,
+    }
     return Settings(**(defaults | url | values))
 
 

@@ -198,7 +198,7 @@ def test_a_wrong_redis_url_is_refused_without_showing_it(monkeypatch: pytest.Mon
         ("127.8.9.1", True),
         ("::1", True),
         ("localhost", True),
-        ("0.0.0.0", False),
+        ("0.0.0.0", False),  # noqa: S104
         ("::", False),
         ("10.0.0.1", False),
         ("example.org", False),

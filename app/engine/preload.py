@@ -25,6 +25,8 @@ def _in_core() -> None:
 logging.getLogger("torch._library.triton").disabled = True
 
 if os.environ.get("_REFRAIN_FORKSERVER") == "1":
+    # Its own way to notice our end, a pipe, stays open as long as a core does: each core holds a copy.
+    die_with_parent(signal.SIGKILL)
     os.register_at_fork(after_in_child=_in_core)
     import vllm.v1.engine.async_llm
     import vllm.v1.engine.core

@@ -136,7 +136,7 @@ class ScriptedEngine:
     async def tokens(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         refuse_misfits(path, body)
         if path == "/detokenize":
-            return {"prompt": " ".join(_WORDS[token % len(_WORDS)] for token in body["tokens"])}
+            return {"prompt": " ".join(_WORDS[int(token) % len(_WORDS)] for token in body["tokens"])}
         text = json.dumps(body.get("messages") or body.get("prompt"))
         if path.endswith("count_tokens"):
             return {"input_tokens": len(text.split())}

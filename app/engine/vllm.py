@@ -68,7 +68,8 @@ class VllmEngine:
         multiprocessing.set_forkserver_preload(["app.engine.preload"])
         os.environ["_REFRAIN_FORKSERVER"] = "1"
         try:
-            await asyncio.to_thread(multiprocessing.forkserver.ensure_running)
+            # It dies with the thread that starts it, hence the main one; that takes a few milliseconds.
+            multiprocessing.forkserver.ensure_running()
         finally:
             del os.environ["_REFRAIN_FORKSERVER"]
         self._life = asyncio.create_task(self._live(), name="engine-life")
@@ -91,6 +92,7 @@ class VllmEngine:
                 loaded_at = time.monotonic()
                 await self._death()
                 log.error("the engine died; starting it again")
+                self.state.become(Phase.LOADING, "restarting after a crash")
                 if time.monotonic() - loaded_at > 60:
                     failures = 0
             except Exception as error:
@@ -283,10 +285,6 @@ async def _opened(stream: AsyncGenerator[Any, None]) -> AsyncIterator[bytes]:
     except BaseException:
         await events.aclose()
         raise
-    if first.startswith(b'data: {"error"'):
-        await events.aclose()
-        error = json.loads(first[6:])["error"]
-        raise _app_error(error["message"], error.get("code") or 500, error.get("param"))
     return _rest(first, events)
 
 
@@ -302,9 +300,11 @@ async def _as_bytes(stream: AsyncGenerator[Any, None]) -> AsyncGenerator[bytes, 
     async with aclosing(stream):
         async for event in stream:
             if isinstance(event, str):
-                yield event.encode()
+                content = event.encode()
             else:  # Responses give event objects
-                yield f"event: {event.type}\ndata: {event.model_dump_json(indent=None, by_alias=True)}\n\n".encode()
+                content = f"event: {event.type}\ndata: {event.model_dump_json(indent=None, by_alias=True)}\n\n".encode()
+            _refuse_error_event(content)
+            yield content
 
 
 # --- errors --------------------------------------------------------------------------------------
@@ -357,6 +357,23 @@ def _refuse_error_response(produced: Any) -> None:
 
     if isinstance(produced, ErrorResponse):
         raise _app_error(produced.error.message, produced.error.code, produced.error.param)
+
+
+def _refuse_error_event(event: bytes) -> None:
+    """vLLM's handlers say in an event what broke a stream, and then end it as if it were whole ([DONE]).
+
+    Raises:
+        AppError: this is such an event. Generated text cannot look like one: it is inside a JSON string.
+    """
+    if not event.startswith((b'data: {"error"', b"event: error\n")):
+        return
+    told = json.loads(event[event.index(b"{") :])
+    error = told.get("error") or told
+    status = int(error["code"]) if str(error.get("code")).isdigit() else 500
+    if status >= 500:
+        log.error("the engine failed on a stream: %s", error.get("message"))
+        raise _app_error("the engine failed on this call", status, None)
+    raise _app_error(error["message"], status, error.get("param"))
 
 
 def _app_error(message: str, status: Any, param: str | None) -> AppError:

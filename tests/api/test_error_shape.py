@@ -16,7 +16,6 @@ import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -29,7 +28,7 @@ from app.domain import Endpoint
 from app.engine import Phase
 from app.errors import AppError, EngineFailed
 from app.gate.keys import KeyFile
-from tests.conftest import Process, Running, chat, start_process, until
+from tests.conftest import Process, RedisServer, Running, chat, make_settings, run_server, start_process, until
 
 CHAT = "/v1/chat/completions"
 OUR_ID = re.compile(r"req_[0-9a-f]{32}")
@@ -57,6 +56,14 @@ def assert_canonical_error(response: httpx.Response, status: int, code: str | No
     if status == 503:
         assert int(response.headers["retry-after"]) > 0
     return error
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, shared_redis: RedisServer) -> Iterator[Running]:
+    """One for all tests that only ask."""
+    running = run_server(make_settings(tmp_path_factory.mktemp("s"), shared_redis, scripted_tokens_per_s=2000.0))
+    yield running
+    running.stop()
 
 
 @pytest.fixture
@@ -280,10 +287,15 @@ def test_a_body_that_comes_drop_by_drop_has_one_deadline(serve: Callable[..., Ru
 def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_error_of_ours(
     server: Running, path: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    def gone() -> float:
+        with server.client() as client:
+            found = re.search(r'refrain_http_responses_total\{status="499"\} (\S+)', client.get("/metrics").text)
+        return float(found[1]) if found else 0
+
+    before = gone()
     with raw(server) as connection:
         connection.send("POST", path, "content-type: application/json", "content-length: 500", body=b'{"model": ')
-    with server.client() as client:
-        until(lambda: 'refrain_http_responses_total{status="499"}' in client.get("/metrics").text)
+    until(lambda: gone() == before + 1)
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
@@ -332,7 +344,7 @@ def test_an_endpoint_that_the_model_cannot_serve_is_a_400(server: Running) -> No
 def test_cache_control_with_an_age_of_5000_digits_is_understood(server: Running) -> None:
     """Python refuses to make an int of it, which was a 500."""
     with server.client(headers={"cache-control": "max-age=" + "9" * 5000}) as client:
-        assert [client.post(CHAT, json=chat()).headers["x-cache"] for _ in range(2)] == ["miss", "hit"]
+        assert [client.post(CHAT, json=chat("old")).headers["x-cache"] for _ in range(2)] == ["miss", "hit"]
 
 
 # --- what goes wrong behind -----------------------------------------------------------------------
@@ -349,9 +361,9 @@ def test_an_unexpected_error_is_a_500_that_tells_nothing(server: Running, monkey
         monkeypatch.setattr(server.engine, name, _breaks)
     with server.client() as client:
         for response in (
-            client.post(CHAT, json=chat()),
-            client.post(CHAT, json=chat(stream=True)),
-            client.post("/v1/messages", json=MESSAGE),
+            client.post(CHAT, json=chat("breaks")),
+            client.post(CHAT, json=chat("breaks", stream=True)),
+            client.post("/v1/messages", json=MESSAGE | {"top_k": 1}),
             client.post("/tokenize", json={"prompt": "x"}),
             client.get("/v1/responses/resp_1"),
             client.post("/v1/responses/resp_1/cancel"),
@@ -363,7 +375,7 @@ def test_an_unexpected_error_is_a_500_that_tells_nothing(server: Running, monkey
 
 
 def test_an_unexpected_error_inside_a_stream_is_an_error_event(serve: Callable[..., Running]) -> None:
-    running = serve(is_driven=True)
+    running = serve(is_driven=True, keep_alive_s=0.2)
     with running.client() as client, client.stream("POST", CHAT, json=chat(stream=True)) as response:
         script = next_script(running)
         on_loop(running, script.say, "half an ")
@@ -398,7 +410,7 @@ def test_an_engine_that_is_not_ready_is_a_503_with_a_time_to_come_back(serve: Ca
 
 def test_only_if_cached_without_a_recording_is_a_504(server: Running) -> None:
     with server.client(headers={"cache-control": "only-if-cached"}) as client:
-        for body in (chat(), chat(stream=True), chat(temperature=1)):
+        for body in (chat("never"), chat("never", stream=True), chat(temperature=1)):
             assert_canonical_error(client.post(CHAT, json=body), 504, "not_cached", "not_cached_error")
 
 
@@ -428,8 +440,8 @@ def test_every_class_of_the_tree_reaches_the_client_in_the_shape(
     monkeypatch.setattr(server.engine, "tokens", refuses)
     with server.client() as client:
         for response in (
-            client.post(CHAT, json=chat()),
-            client.post(CHAT, json=chat(stream=True)),
+            client.post(CHAT, json=chat("refused")),
+            client.post(CHAT, json=chat("refused", stream=True)),
             client.post("/tokenize", json={"prompt": "x"}),
         ):
             error = assert_canonical_error(response, kind.status, kind.code, kind.type)
@@ -451,9 +463,7 @@ def test_the_engines_failure_keeps_its_shape_in_the_middle_of_an_answer(
     with running.client() as client:
         ask = threading.Thread(target=lambda: replies.append(client.post(CHAT, json=chat(stream=kind == "stream"))))
         ask.start()
-        script = next_script(running)
-        on_loop(running, script.say, "half an ")
-        on_loop(running, script.fail, EngineFailed("the engine failed on this call"))
+        half_an_answer(running)
         ask.join()
     (reply,) = replies
     if kind == "plain":
@@ -609,7 +619,7 @@ def test_anthropics_client_raises_its_own_exceptions(keyed: tuple[Running, str, 
     with pytest.raises(anthropic.AuthenticationError) as unauthenticated:
         client("wrong").messages.create(**UNTEMPERED)
     assert unauthenticated.value.body["error"]["type"] == "authentication_error"  # type: ignore[index]
-    assert unauthenticated.value.request_id
+    assert OUR_ID.fullmatch(unauthenticated.value.body["request_id"])  # type: ignore[index]
     with pytest.raises(anthropic.NotFoundError) as missing:
         client(user).messages.create(**UNTEMPERED | {"model": "claude"})
     assert missing.value.type is not None
@@ -622,17 +632,14 @@ def test_anthropics_client_raises_its_own_exceptions(keyed: tuple[Running, str, 
 
 
 def test_anthropics_client_sees_a_stream_that_breaks(serve: Callable[..., Running]) -> None:
-    running = serve(is_driven=True)
+    running = serve(is_driven=True, keep_alive_s=0.2)
     client = anthropic.Anthropic(base_url=running.url, api_key="none", max_retries=0)
-    with (
+    with (  # noqa: PT012 - where it is raised is up to the client
         pytest.raises(anthropic.APIStatusError, match="the engine failed"),
         client.messages.stream(**UNTEMPERED) as stream,
     ):
-        script = next_script(running)
-        on_loop(running, script.say, "half an ")
-        on_loop(running, script.fail, EngineFailed("the engine failed on this call"))
-        for _ in stream:
-            pass
+        half_an_answer(running)
+        list(stream)
 
 
 # --- helpers --------------------------------------------------------------------------------------
@@ -684,6 +691,12 @@ def raw(running: Running | Process) -> Raw:
 
 def next_script(running: Running) -> Any:
     return until(lambda: None if running.engine.asked.empty() else running.engine.asked.get_nowait())
+
+
+def half_an_answer(running: Running) -> None:
+    script = next_script(running)
+    on_loop(running, script.say, "half an ")
+    on_loop(running, script.fail, EngineFailed("the engine failed on this call"))
 
 
 def on_loop(running: Running, function: Callable[..., Any], *arguments: object) -> None:

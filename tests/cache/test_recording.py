@@ -88,9 +88,9 @@ def test_every_single_byte_counts() -> None:
 
 @given(st.binary(max_size=300))
 def test_bytes_from_elsewhere_are_foreign(value: bytes) -> None:
-    with pytest.raises(BrokenRecording, match="foreign|corrupt"):
+    with pytest.raises(BrokenRecording, match=r"foreign|corrupt"):
         unpack(value, KEY)
-    with pytest.raises(BrokenRecording, match="foreign|corrupt"):
+    with pytest.raises(BrokenRecording, match=r"foreign|corrupt"):
         unpack(MAGIC + value, KEY)
 
 

@@ -267,7 +267,12 @@ def test_purge_by_tenant_by_model_and_all(serve: Callable[..., Running], setting
         for number in range(3):
             post(running, chat(f"q{number}"), **mine)
 
-    for body, purged in [({"tenant": "other"}, 0), ({"tenant": "shop"}, 3), ({"model": "scripted"}, 3), ({"all": True}, 3)]:
+    for body, purged in [
+        ({"tenant": "other"}, 0),
+        ({"tenant": "shop"}, 3),
+        ({"model": "scripted"}, 3),
+        ({"all": True}, 3),
+    ]:
         fill()
         assert post(running, body, "/admin/cache/purge", **admins).json() == {"purged": purged}, body
     fill()
