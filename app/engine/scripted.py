@@ -23,7 +23,7 @@ from app.engine.schema import refuse_misfits
 from app.errors import AppError, EngineDown, NotFound, UnsupportedEndpoint
 from app.settings import Settings
 
-_WORDS = "the cache remembers what the engine said and says it again without a second thought".split()  # noqa: SIM905
+_WORDS = "the cache remembers what the engine said and says it again without a second thought".split()
 
 
 class Script:

@@ -36,7 +36,7 @@ WRONG = (
 FIELDS = (
     "messages model temperature top_p n stream stop seed max_tokens logprobs top_logprobs tools tool_choice logit_bias "
     "response_format stream_options prompt input system cache presence_penalty user metadata priority"
-).split()  # noqa: SIM905
+).split()
 
 
 def malformed(seed: int) -> Iterator[tuple[str, bytes]]:
