@@ -3,6 +3,7 @@
 ```
 app/domain.py, errors.py  lifeline.py      nothing of ours
 app/settings.py                            errors
+app/settings_table.py                      settings
 app/observe/                               nothing but itself
 app/wire/                                  domain, errors                                  msgspec
 app/gate/                                  domain, errors                                  msgspec, filelock
@@ -49,6 +50,7 @@ OURS: dict[str, set[str]] = {
     "app.errors": set(),
     "app.lifeline": set(),
     "app.settings": {"app.errors"},
+    "app.settings_table": {"app.settings"},
     "app.observe": {"app.observe"},
     "app.wire": {"app.wire", "app.domain", "app.errors"},
     "app.gate": {"app.gate", "app.domain", "app.errors"},

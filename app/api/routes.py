@@ -138,6 +138,7 @@ def _mount_health(app: FastAPI, service: Service) -> None:
     @app.get("/metrics")
     async def prometheus() -> Response:
         metrics.engine_ready.set(service.engine.state.phase is Phase.READY)
+        metrics.engine_restarts.set(service.engine.state.restarts)
         return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/version")

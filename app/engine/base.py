@@ -23,11 +23,12 @@ class Phase(StrEnum):
 
 @dataclass(slots=True)
 class EngineState:
-    """The phase, since when (unix seconds), and one line about it for people."""
+    """The phase, since when (unix seconds), one line about it for people, and how often it died and was restarted."""
 
     phase: Phase = Phase.LOADING
     since: float = field(default_factory=time.time)
     detail: str = "starting"
+    restarts: int = 0
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def become(self, phase: Phase, detail: str = "") -> None:

@@ -92,6 +92,7 @@ class VllmEngine:
                 loaded_at = time.monotonic()
                 await self._death()
                 log.error("the engine died; starting it again")
+                self.state.restarts += 1
                 self.state.become(Phase.LOADING, "restarting after a crash")
                 if time.monotonic() - loaded_at > 60:
                     failures = 0
@@ -120,6 +121,7 @@ class VllmEngine:
         self._llm = llm
         self._progress("preparing handlers")
         self._handlers = await _host_handlers(llm, args)
+        gc.unfreeze()  # what a dead predecessor left may go
         gc.collect()
         gc.freeze()
         self.state.become(Phase.READY, f"loaded in {time.monotonic() - began:.1f} s")
@@ -408,6 +410,9 @@ def _prepare_environment(settings: Settings) -> None:
     }
     if cpu.is_cpu():
         defaults |= cpu.environment(settings)
+        if not settings.compile:
+            # Else the first call with logprobs waits 13 s for a compiler, which need not even be there.
+            defaults["TORCH_COMPILE_DISABLE"] = "1"
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
 

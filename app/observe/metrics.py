@@ -24,7 +24,7 @@ tokens_saved = Counter("refrain_tokens_saved_total", "Tokens answered from the c
 seconds_saved = Counter("refrain_generation_seconds_saved_total", "Seconds of generation that hits spared.")
 redis_up = Gauge("refrain_redis_up", "1 while Redis answers in time, else 0.")
 engine_ready = Gauge("refrain_engine_ready", "1 while the engine takes calls, else 0.")
-engine_restarts = Counter("refrain_engine_restarts_total", "Times the engine was started again.")
+engine_restarts = Gauge("refrain_engine_restarts", "Times the engine died and was started again.")
 in_flight = Gauge("refrain_generations_in_flight", "Generations that are running or queued for this server's clients.")
 left = Counter("refrain_clients_left_total", "Clients that went away before their answer was complete.")
 duration = Histogram("refrain_call_seconds", "From request to last byte.", ["cache"], buckets=_SECONDS)

@@ -36,7 +36,7 @@ def story(number: int, **fields: Any) -> dict[str, Any]:
 
 def test_concurrent_streams_share_a_batch(http: httpx.Client) -> None:
     def tell(number: int) -> list[Any]:
-        return payloads(http.post(CHAT, json=story(number, stream=True, max_tokens=24), headers=ANEW).text)
+        return payloads(http.post(CHAT, json=story(number, stream=True, max_tokens=16), headers=ANEW).text)
 
     with ThreadPoolExecutor(16) as pool:
         telling = [pool.submit(tell, number) for number in range(16)]
@@ -163,7 +163,7 @@ def test_a_killed_server_leaves_no_process_and_its_successor_has_its_recordings(
 def test_sigterm_lets_a_running_stream_finish_and_leaves_no_process(victim: Victim) -> None:
     server = victim.up()
     family = victim.descendants
-    body = story(2, stream=True, max_tokens=40)
+    body = story(2, stream=True, max_tokens=20)
     with _client(server) as http, http.stream("POST", CHAT, json=body, headers=ANEW) as response:
         lines = response.iter_lines()
         first = next(lines)
