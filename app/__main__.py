@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from app.errors import AppError, RoomError, StartRefused
+from app.errors import AppError, RedisDown, RoomError, StartRefused
 from app.settings import Settings, load, masked, origins
 
 cli = typer.Typer(
@@ -224,10 +224,14 @@ def _with_store(work: Callable[[Any], Awaitable[Any]]) -> Any:
             "for a Redis of your own set REFRAIN_REDIS_URL"
         )
 
+    logging.getLogger("app").setLevel(logging.CRITICAL)  # one line says it, below
+
     async def run() -> Any:
         link = Link(settings, url)
         try:
             return await work(Store(settings, link))
+        except RedisDown as error:
+            raise StartRefused(f"redis does not answer at {error}") from error
         finally:
             await link.close()
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import signal
+import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
@@ -194,20 +195,32 @@ class Server(uvicorn.Server):
 
 
 def run(settings: Settings, app: FastAPI, on_listening: Callable[[str], None]) -> bool:
-    """Serve until a signal; True when everything went well."""
+    """Serve until a signal; True when everything went well.
+
+    Raises:
+        StartRefused: the address cannot be bound.
+    """
     config = uvicorn.Config(
         app,
-        host=settings.host,
-        port=settings.port,
         http=CorkedProtocol,
         log_config=None,
         access_log=False,
         server_header=False,
         proxy_headers=False,  # nothing here depends on the client's address
         timeout_graceful_shutdown=max(1, round(settings.drain_s)),
-        h11_max_incomplete_event_size=64 * 1024,
     )
     server = Server(config, app, on_listening)
-    with contextlib.suppress(KeyboardInterrupt):
-        server.run()
+    with _bound(settings) as listener, contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets=[listener])
     return server.started
+
+
+def _bound(settings: Settings) -> socket.socket:
+    """A socket on the address; uvicorn's own way to bind ends the process where it fails."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except OSError as error:
+        raise StartRefused(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}") from error
