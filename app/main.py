@@ -72,6 +72,7 @@ def create_app(
                 stack.push_async_callback(redis.close)
                 await redis.start()
             stack.push_async_callback(link.close)
+            await stack.enter_async_context(service.store.opened())
             stack.push_async_callback(service.engine.close)
             await service.engine.start()
             yield

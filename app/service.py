@@ -21,9 +21,10 @@ from typing import Any
 
 from app import wire
 from app.cache.key import cache_key, is_deterministic, why_uncacheable
+from app.cache.near import Held
 from app.cache.policy import Directives
 from app.cache.recording import Recording
-from app.cache.store import Slot, Store, age_s
+from app.cache.store import Slot, Store, age_s, jittered
 from app.domain import Answer, CacheStatus, Call, Endpoint, Form, Reply, Timings, Weights
 from app.engine import Engine
 from app.errors import Incomplete, NotCached
@@ -96,10 +97,10 @@ class Service:
         """
         began = time.perf_counter()
         if plan.slot is not None and plan.may_read:
-            recording = await self.store.find(plan.slot)
-            if recording is not None and plan.directives.accepts(age := age_s(recording)):
-                _count_hit(call, recording)
-                answer = _replay(recording, call)
+            held = await self.store.find(plan.slot)
+            if held is not None and plan.directives.accepts(age := age_s(held.recording)):
+                _count_hit(call, held.recording)
+                answer = _replay(held, call)
                 answer.timings.cache_s = time.perf_counter() - began
                 return Reply(answer, CacheStatus.HIT, self.weights.short, plan.slot.key, int(age))
         if plan.directives.only_if_cached:
@@ -179,9 +180,10 @@ class Service:
     ) -> None:
         prompt_tokens, completion_tokens = wire.usage(call.endpoint, document)
         ident, created = wire.identity(call.endpoint, document)
+        now = time.time()
         recording = Recording(
             form=form,
-            recorded_at=time.time(),
+            recorded_at=now,
             ident=ident,
             created=created,
             head=parts[0],
@@ -190,6 +192,7 @@ class Service:
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,
             seconds=time.perf_counter() - began,
+            expires_at=now + jittered(self._settings.cache_ttl_s),
         )
         if await self.store.keep(slot, recording):
             metrics.recorded.labels(call.endpoint.label).inc()
@@ -205,24 +208,33 @@ def _count_hit(call: Call, recording: Recording) -> None:
     metrics.seconds_saved.inc(recording.seconds)
 
 
-def _replay(recording: Recording, call: Call) -> Answer:
+def _replay(held: Held, call: Call) -> Answer:
     """The recorded answer as this client wants it: either form serves both."""
+    recording = held.recording
+    with_usage = call.is_streaming and call.wants_usage_event
+    replay = held.replay((call.is_streaming, with_usage), lambda: _template(call, recording, with_usage=with_usage))
+    content = replay((wire.new_id(call.endpoint), int(time.time())), call.body)
     timings = Timings(prompt_tokens=recording.prompt_tokens, completion_tokens=recording.completion_tokens)
-    fresh = (wire.new_id(call.endpoint), int(time.time()))
-    old = (recording.ident, recording.created)
     if call.is_streaming:
-        if recording.form is Form.BODY:
-            head, usage, tail = wire.split_usage(call.endpoint, wire.unfold(call.endpoint, json.loads(recording.head)))
-            content = head + usage + tail if call.wants_usage_event else head + tail
-        else:
-            content = recording.content(with_usage=call.wants_usage_event)
-        return Answer(events=_in_pieces(wire.freshen(call.endpoint, content, old, fresh, call.body)), timings=timings)
+        return Answer(events=_in_pieces(content), timings=timings)
+    return Answer(body=content, timings=timings)
+
+
+def _template(call: Call, recording: Recording, *, with_usage: bool) -> tuple[wire.Template, int]:
+    content = _content(call, recording, with_usage=with_usage)
+    return wire.template(call.endpoint, content, (recording.ident, recording.created)), len(content)
+
+
+def _content(call: Call, recording: Recording, *, with_usage: bool) -> bytes:
+    if call.is_streaming:
+        if recording.form is Form.EVENTS:
+            return recording.content(with_usage=with_usage)
+        head, usage, tail = wire.split_usage(call.endpoint, wire.unfold(call.endpoint, json.loads(recording.head)))
+        return head + usage + tail if with_usage else head + tail
     if recording.form is Form.EVENTS:
         folded = wire.fold(call.endpoint, wire.split(recording.content()))
-        content = json.dumps(folded, ensure_ascii=False, separators=(",", ":")).encode()
-    else:
-        content = recording.head
-    return Answer(body=wire.freshen(call.endpoint, content, old, fresh, call.body), timings=timings)
+        return json.dumps(folded, ensure_ascii=False, separators=(",", ":")).encode()
+    return recording.head
 
 
 async def _in_pieces(content: bytes) -> AsyncGenerator[bytes, None]:

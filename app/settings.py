@@ -105,6 +105,9 @@ class Settings(BaseSettings):
     cache_ttl_s: int = Field(86_400, gt=0, description="Life of a recording, in seconds, give or take 10%.")
     cache_max_entry_bytes: int = Field(1 * 2**20, gt=0, description="A larger recording is not kept.")
     cache_compress_above_bytes: int = Field(1024, ge=0, description="Recordings above this size are zstd-compressed.")
+    cache_near_mib: int = Field(
+        64, ge=0, description="Memory for recordings that this process holds itself, kept right by Redis; 0: none."
+    )
 
     # redis
     redis_url: SecretStr | None = Field(

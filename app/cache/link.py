@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import redis.asyncio as aioredis
@@ -77,6 +77,20 @@ class Link:
         except (RedisError, OSError) as error:  # our deadline's TimeoutError is an OSError
             self._went_down(error)
             raise RedisDown(self._where) from error
+
+    @contextlib.asynccontextmanager
+    async def connection(self) -> AsyncIterator[Any]:
+        """A connection of one's own, for what is no question with one answer. Raises redis's and the system's errors.
+
+        It is closed on leaving, since nobody else may get what was still on its way to it.
+        """
+        pool = self.client.connection_pool
+        connection = await pool.get_connection()
+        try:
+            yield connection
+        finally:
+            await connection.disconnect(nowait=True)
+            await pool.release(connection)
 
     async def close(self) -> None:
         if self._probe:

@@ -1,7 +1,7 @@
 """A recording: one complete, successful answer in its wire form, and its bytes in Redis.
 
 ```
-"RFR1" · flags (1 byte, bit 0: zstd) · BLAKE2b-128 over key, flags and content · content
+"RFR2" · flags (1 byte, bit 0: zstd) · BLAKE2b-128 over key, flags and content · content
 ```
 The tag covers the key, so a value that was cut short, bit-flipped, written by somebody else, or moved
 to another key does not open. Content is a msgpack array, compressed above a size.
@@ -18,7 +18,7 @@ import zstandard
 from app.domain import Form
 from app.errors import BrokenRecording
 
-MAGIC: Final = b"RFR1"
+MAGIC: Final = b"RFR2"
 TAG_BYTES: Final = 16
 _HEADER_BYTES: Final = len(MAGIC) + 1 + TAG_BYTES
 _ZSTD: Final = 1
@@ -31,7 +31,7 @@ class Recording(msgspec.Struct, frozen=True, array_like=True):
 
     `head + usage + tail` is the wire form; `usage` is the closing usage event of a stream, apart because
     only clients that ask for it get it (empty for a body). `ident` and `created` are what the answer calls
-    itself; a replay puts fresh ones in their place. `seconds` is what generating it took.
+    itself; a replay puts fresh ones in their place. `seconds` is what generating it took. Times are unix seconds.
     """
 
     form: Form
@@ -44,6 +44,7 @@ class Recording(msgspec.Struct, frozen=True, array_like=True):
     prompt_tokens: int
     completion_tokens: int
     seconds: float
+    expires_at: float
 
     def content(self, *, with_usage: bool = True) -> bytes:
         return self.head + self.usage + self.tail if with_usage else self.head + self.tail

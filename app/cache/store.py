@@ -15,7 +15,9 @@ from urllib.parse import quote, unquote
 from redis.exceptions import ResponseError
 
 from app.cache.link import Link
+from app.cache.near import Held, Near
 from app.cache.recording import Recording, pack, unpack
+from app.cache.tracking import Tracking
 from app.errors import BrokenRecording, RedisDown
 from app.observe import metrics
 from app.settings import Settings
@@ -55,19 +57,33 @@ class Store:
         self._settings = settings
         self._namespace = settings.redis_namespace
         self.link = link
-        self._lookups = _Lookups(link, one_by_one=settings.redis_cluster)
+        self._near = Near(settings.cache_near_mib * 2**20)
+        self._lookups = _Lookups(link, self._near, one_by_one=settings.redis_cluster)
 
-    async def find(self, slot: Slot) -> Recording | None:
+    @contextlib.asynccontextmanager
+    async def opened(self) -> AsyncIterator[None]:
+        """While it is entered, recordings are held in this process too, as far as Redis tells of their changes."""
+        async with contextlib.AsyncExitStack() as stack:
+            # A Cluster tells of changes node by node; there every hit asks.
+            if self._settings.cache_near_mib and not self._settings.redis_cluster:
+                await stack.enter_async_context(Tracking(self.link, self._near, f"{self._namespace}:answer:"))
+            yield
+
+    async def find(self, slot: Slot) -> Held | None:
         """The recording, whole, or None: not there, Redis down, or not one of ours."""
+        held = self._near.get(slot.key)
+        if held is not None:
+            metrics.near_hits.inc()
+            return held
         return await self._lookups.find(slot.name(self._namespace), slot.key)
 
     async def keep(self, slot: Slot, recording: Recording) -> bool:
-        """Write it, with a jittered TTL. False: too large, or Redis would not take it."""
+        """Write it, to be gone when it expires. False: too large, or Redis would not take it."""
         value = pack(recording, slot.key, compress_above_bytes=self._settings.cache_compress_above_bytes)
         if len(value) > self._settings.cache_max_entry_bytes:
             metrics.cache_errors.labels("too_large").inc()
             return False
-        ttl_ms = int(self._settings.cache_ttl_s * 1000 * random.uniform(1 - TTL_JITTER, 1 + TTL_JITTER))  # noqa: S311
+        ttl_ms = max(1, int((recording.expires_at - recording.recorded_at) * 1000))
         name = slot.name(self._namespace)
         try:
             await self.link.ask(lambda redis: redis.set(name, value, px=ttl_ms))
@@ -94,6 +110,7 @@ class Store:
 
     async def purge(self, *, model: str | None = None, tenant: str | None = None) -> int:
         """Delete recordings: of a model, of a tenant, of both, or all. Returns how many. Raises RedisDown."""
+        self._near.clear()  # at once here; the other processes hear of it from Redis
         deleted, batch = 0, []
         pattern = ["*" if name is None else quote(name, safe="") for name in (tenant, model)]
         async for name in self._names(*pattern):
@@ -134,15 +151,16 @@ class _Lookups:
 
     ROUND_TRIPS = 2
 
-    def __init__(self, link: Link, *, one_by_one: bool) -> None:
+    def __init__(self, link: Link, near: Near, *, one_by_one: bool) -> None:
         self._link = link
+        self._near = near
         self._one_by_one = one_by_one  # in a Cluster the keys of one command must share a slot
-        self._waiting: dict[str, tuple[str, list[asyncio.Future[Recording | None]]]] = {}
+        self._waiting: dict[str, tuple[str, list[asyncio.Future[Held | None]]]] = {}
         self._under_way: set[asyncio.Task[None]] = set()
 
-    async def find(self, name: str, key: str) -> Recording | None:
+    async def find(self, name: str, key: str) -> Held | None:
         loop = asyncio.get_running_loop()
-        found: asyncio.Future[Recording | None] = loop.create_future()
+        found: asyncio.Future[Held | None] = loop.create_future()
         if not self._waiting and len(self._under_way) < self.ROUND_TRIPS:
             loop.call_soon(self._go)
         self._waiting.setdefault(name, (key, []))[1].append(found)
@@ -159,31 +177,35 @@ class _Lookups:
         self._under_way.discard(task)
         self._go()
 
-    async def _look_up(self, batch: dict[str, tuple[str, list[asyncio.Future[Recording | None]]]]) -> None:
+    async def _look_up(self, batch: dict[str, tuple[str, list[asyncio.Future[Held | None]]]]) -> None:
         names = list(batch)
+        broken: dict[str, str] = {}
+        with self._near.reading() as take_in:
+            values = await self._values_or_none(names)
+            for name, value in zip(names, values, strict=True):
+                key, futures = batch[name]
+                held = None
+                if value is not None:
+                    try:
+                        held = Held(unpack(value, key))
+                        take_in(key, held)
+                    except BrokenRecording as error:
+                        broken[name] = str(error)
+                for future in futures:
+                    if not future.done():  # its caller may have left
+                        future.set_result(held)
+        if broken:
+            await self._discard(broken)
+
+    async def _values_or_none(self, names: list[str]) -> list[bytes | None]:
         try:
-            values = await self._values(names)
+            return await self._values(names)
         except RedisDown:
             metrics.cache_errors.labels("down").inc(len(names))
-            values = [None] * len(names)
         except Exception:  # this task's edge: whatever it was, those who wait must not wait for ever
             log.exception("redis refused to read recordings; they count as misses")
             metrics.cache_errors.labels("not_read").inc(len(names))
-            values = [None] * len(names)
-        broken: dict[str, str] = {}
-        for name, value in zip(names, values, strict=True):
-            key, futures = batch[name]
-            recording = None
-            if value is not None:
-                try:
-                    recording = unpack(value, key)
-                except BrokenRecording as error:
-                    broken[name] = str(error)
-            for future in futures:
-                if not future.done():  # its caller may have left
-                    future.set_result(recording)
-        if broken:
-            await self._discard(broken)
+        return [None] * len(names)
 
     async def _values(self, names: list[str]) -> list[bytes | None]:
         """The values, in order; None where there is none, or (MGET says so) something that is not a string.
@@ -208,6 +230,11 @@ class _Lookups:
             log.warning("a value in redis is no recording of ours (%s); it reads as a miss and is removed", reason)
             with contextlib.suppress(RedisDown, ResponseError):
                 await self._link.ask(_unlink(name))
+
+
+def jittered(ttl_s: float) -> float:
+    """A time to live, give or take TTL_JITTER."""
+    return ttl_s * random.uniform(1 - TTL_JITTER, 1 + TTL_JITTER)  # noqa: S311 - no secret
 
 
 def _scan(cursor: object, pattern: str) -> Callable[[Any], Awaitable[Any]]:

@@ -10,18 +10,19 @@ from app.domain import Endpoint
 from app.errors import Incomplete
 from app.wire import chat, completions, embeddings, messages, responses
 from app.wire.ends import is_last, split
-from app.wire.stamp import Identity
+from app.wire.stamp import Identity, Template
 
 __all__ = [
     "Identity",
+    "Template",
     "check_body",
     "fold",
-    "freshen",
     "identity",
     "is_last",
     "new_id",
     "split",
     "split_usage",
+    "template",
     "unfold",
     "usage",
 ]
@@ -73,9 +74,10 @@ def identity(endpoint: Endpoint, document: dict[str, Any]) -> Identity:
     return _WIRES[endpoint].identity(document)
 
 
-def freshen(endpoint: Endpoint, content: bytes, old: Identity, new: Identity, request_body: dict[str, Any]) -> bytes:
-    """The same body or concatenated events under a new identity; responses also repeat the new request's echoes."""
-    return _WIRES[endpoint].freshen(content, old, new, request_body)
+def template(endpoint: Endpoint, content: bytes, old: Identity) -> Template:
+    """A body or concatenated events, to be sent under other identities; called with one, and with the request that it
+    answers (responses repeat parts of it), it gives the bytes to send."""
+    return _WIRES[endpoint].template(content, old)
 
 
 def new_id(endpoint: Endpoint) -> str:
@@ -98,7 +100,7 @@ class _Wire(Protocol):
     def split_usage(self, events: Sequence[bytes]) -> tuple[bytes, bytes, bytes]: ...
     def usage(self, body: dict[str, Any]) -> tuple[int, int]: ...
     def identity(self, document: dict[str, Any]) -> Identity: ...
-    def freshen(self, content: bytes, old: Identity, new: Identity, request_body: dict[str, Any]) -> bytes: ...
+    def template(self, content: bytes, old: Identity) -> Template: ...
 
 
 _WIRES: dict[Endpoint, _Wire] = {

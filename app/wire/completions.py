@@ -7,9 +7,9 @@ from typing import Any
 
 from app.wire import chunks, sse, text
 from app.wire.chunks import Json, identity, split_usage, usage
-from app.wire.stamp import Identity, restamp
+from app.wire.stamp import template
 
-__all__ = ["ID_PREFIX", "check_body", "fold", "freshen", "identity", "split_usage", "unfold", "usage"]
+__all__ = ["ID_PREFIX", "check_body", "fold", "identity", "split_usage", "template", "unfold", "usage"]
 
 ID_PREFIX = "cmpl-"
 
@@ -42,10 +42,6 @@ def unfold(body: Json) -> list[bytes]:
 
 def check_body(body: Json) -> None:
     chunks.check(body, _KIND)
-
-
-def freshen(content: bytes, old: Identity, new: Identity, request_body: Json) -> bytes:
-    return restamp(content, old, new)
 
 
 def _choice(index: int, parts: list[Json]) -> Json:

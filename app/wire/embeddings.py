@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from app.errors import Incomplete
 from app.wire.chunks import Json, identity, split_usage, usage
-from app.wire.stamp import Identity, restamp
+from app.wire.stamp import template
 
-__all__ = ["ID_PREFIX", "check_body", "fold", "freshen", "identity", "split_usage", "unfold", "usage"]
+__all__ = ["ID_PREFIX", "check_body", "fold", "identity", "split_usage", "template", "unfold", "usage"]
 
 ID_PREFIX = "embd-"
 
@@ -27,7 +27,3 @@ def check_body(body: Json) -> None:
         raise Incomplete("the body is not a whole list of embeddings")
     if not all(one.get("embedding") for one in data):
         raise Incomplete("an embedding is missing")
-
-
-def freshen(content: bytes, old: Identity, new: Identity, request_body: Json) -> bytes:
-    return restamp(content, old, new)

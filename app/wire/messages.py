@@ -13,9 +13,9 @@ import msgspec
 
 from app.errors import Incomplete
 from app.wire import sse, text
-from app.wire.stamp import Identity, restamp
+from app.wire.stamp import template
 
-__all__ = ["ID_PREFIX", "check_body", "fold", "freshen", "identity", "split_usage", "unfold", "usage"]
+__all__ = ["ID_PREFIX", "check_body", "fold", "identity", "split_usage", "template", "unfold", "usage"]
 
 Json = dict[str, Any]
 
@@ -67,10 +67,6 @@ def usage(body: Json) -> tuple[int, int]:
 
 def identity(document: Json) -> tuple[str, int | None]:
     return document.get("message", document)["id"], None
-
-
-def freshen(content: bytes, old: Identity, new: Identity, request_body: Json) -> bytes:
-    return restamp(content, old, new)
 
 
 def _only(documents: list[Json], kind: str) -> Json:

@@ -13,9 +13,9 @@ import msgspec
 
 from app.errors import Incomplete
 from app.wire import ends, sse, text
-from app.wire.stamp import Identity
+from app.wire.stamp import Identity, Template
 
-__all__ = ["ID_PREFIX", "check_body", "fold", "freshen", "identity", "split_usage", "unfold", "usage"]
+__all__ = ["ID_PREFIX", "check_body", "fold", "identity", "split_usage", "template", "unfold", "usage"]
 
 Json = dict[str, Any]
 # An event's type and its fields, before it has its sequence number.
@@ -84,11 +84,13 @@ def identity(document: Json) -> tuple[str, int | None]:
     return response["id"], response["created_at"]
 
 
-def freshen(content: bytes, old: Identity, new: Identity, request_body: Json) -> bytes:
-    """Here `old` is not needed: it is the parsed response objects that get the new id, time and echoes."""
+def template(content: bytes, _: Identity) -> Template:
+    """The old identity is not needed: it is the response objects that get the new id, time and echoes."""
     if content[:1] == b"{":
-        return msgspec.json.encode(_renewed(sse.parse(content), new, request_body))
-    return b"".join(_renewed_event(event, new, request_body) for event in ends.split(content))
+        body = sse.parse(content)
+        return lambda new, request_body: msgspec.json.encode(_renewed(body, new, request_body))
+    events = ends.split(content)
+    return lambda new, request_body: b"".join(_renewed_event(event, new, request_body) for event in events)
 
 
 def _as_in_a_body(output: list[Json]) -> list[Json]:

@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
-from itertools import product
+import re
+from collections.abc import Callable
+from typing import Any
 
 import msgspec
 
 Identity = tuple[str, int | None]
+# A ready answer that waits for its identity, and for the request it answers (responses repeat parts of it).
+Template = Callable[[Identity, dict[str, Any]], bytes]
 
 
-def restamp(content: bytes, old: Identity, new: Identity) -> bytes:
-    """Replace the fragments `"id":"old"` and `"created":N`, and nothing else.
+def template(content: bytes, old: Identity) -> Template:
+    """`content` cut at the fragments `"id":"old"` and `"created":N`, to be joined again around others.
 
-    No parsing: a hit pays a few scans for it. Text cannot match, for JSON escapes the quotes in it.
+    No parsing: making it is one scan, and filling it in one join, which is what a hot hit pays. Text cannot match,
+    for JSON escapes the quotes in it.
     """
-    for gap in (b"", b" "):
-        content = content.replace(_member(b"id", old[0], gap), _member(b"id", new[0], gap))
-    if old[1] is None or new[1] is None:
-        return content
-    for gap, end in product((b"", b" "), (b",", b"}")):
-        content = content.replace(_member(b"created", old[1], gap) + end, _member(b"created", new[1], gap) + end)
-    return content
+    ident, created = old
+    marks = [rb'"id":(?P<ident> ?)' + re.escape(msgspec.json.encode(ident))]
+    if created is not None:
+        marks.append(rb'"created":(?P<created> ?)' + str(created).encode() + rb"(?=[,}])")
+    pieces: list[bytes] = []
+    idents: list[int] = []
+    createds: list[int] = []
+    at = 0
+    for found in re.finditer(b"|".join(marks), content):
+        group = found.lastgroup
+        assert group is not None  # noqa: S101 - each alternative has one
+        pieces += [content[at : found.end(group)], b""]
+        (idents if group == "ident" else createds).append(len(pieces) - 1)
+        at = found.end()
+    pieces.append(content[at:])
 
+    def filled(new: Identity, _: dict[str, Any]) -> bytes:
+        parts = pieces.copy()
+        ident, at = msgspec.json.encode(new[0]), str(new[1] if new[1] is not None else created).encode()
+        for index in idents:
+            parts[index] = ident
+        for index in createds:
+            parts[index] = at
+        return b"".join(parts)
 
-def _member(key: bytes, value: str | int, gap: bytes) -> bytes:
-    return b'"' + key + b'":' + gap + msgspec.json.encode(value)
+    return filled

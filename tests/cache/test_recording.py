@@ -32,8 +32,9 @@ recordings = st.builds(
     prompt_tokens=st.integers(0, 2**31),
     completion_tokens=st.integers(0, 2**31),
     seconds=st.floats(0, 1e6),
+    expires_at=st.floats(0, 4e9),
 )
-ONE = Recording(Form.BODY, 1.7e9, "chatcmpl-1", 1_700_000_000, b'{"id": "chatcmpl-1"}' * 20, b"", b"", 3, 5, 0.25)
+ONE = Recording(Form.BODY, 1.7e9, "chatcmpl-1", 1_700_000_000, b'{"id": "chatcmpl-1"}' * 20, b"", b"", 3, 5, 0.25, 2e9)
 
 
 def forged(content: bytes, flags: int = 0, key: str = KEY) -> bytes:
@@ -157,5 +158,5 @@ def test_small_ones_lie_plain_and_large_ones_compressed() -> None:
 
 def test_the_header_is_as_the_docstring_says() -> None:
     value = pack(ONE, KEY, compress_above_bytes=10**9)
-    assert value[:4] == b"RFR1"
+    assert value[:4] == b"RFR2"
     assert msgspec.msgpack.decode(value[HEADER_BYTES:])[0] == "body"

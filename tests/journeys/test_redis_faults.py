@@ -123,7 +123,7 @@ def test_garbage_in_redis_is_never_served_and_is_healed(
             names = sorted(client.keys("*:answer:*"))
             values = [client.get(name) for name in names]
             for index, (name, value) in enumerate(zip(names, values, strict=True)):
-                value = value or b"RFR1"
+                value = value or b"RFR2"
                 flipped = bytearray(value)
                 flipped[chance.randrange(len(flipped))] ^= 1
                 garbage = [chance.randbytes(400), value[:-7], values[index - 1] or b"", bytes(flipped), b""]

@@ -73,10 +73,10 @@ def test_a_fresh_identity_changes_nothing_else(answer: tuple[Endpoint, bodies.Js
         expected["created_at" if endpoint is Endpoint.RESPONSES else "created"] = new[1]
 
     compact = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
-    assert json.loads(wire.freshen(endpoint, compact, old, new, echoes)) == expected
+    assert json.loads(wire.template(endpoint, compact, old)(new, echoes)) == expected
     spaced = json.dumps(body).encode()
-    assert json.loads(wire.freshen(endpoint, spaced, old, new, echoes)) == expected
-    stream = wire.freshen(endpoint, b"".join(wire.unfold(endpoint, body)), old, new, echoes)
+    assert json.loads(wire.template(endpoint, spaced, old)(new, echoes)) == expected
+    stream = wire.template(endpoint, b"".join(wire.unfold(endpoint, body)), old)(new, echoes)
     assert wire.fold(endpoint, [part + b"\n\n" for part in stream.split(b"\n\n") if part]) == expected
     assert old[0].encode() not in stream
 

@@ -221,7 +221,7 @@ def test_a_fresh_identity_leaves_the_text_alone(endpoint: Endpoint, separators: 
     body = BODIES[endpoint]
     content = json.dumps(body, separators=separators, ensure_ascii=False).encode()
     old = wire.identity(endpoint, body)
-    fresh = wire.freshen(endpoint, content, old, ("new", old[1] and 1999999999), {})
+    fresh = wire.template(endpoint, content, old)(("new", old[1] and 1999999999), {})
     expected = body | {"id": "new"} | ({"created": 1999999999} if old[1] else {})
     assert fresh == json.dumps(expected, separators=separators, ensure_ascii=False).encode()
 
@@ -229,7 +229,7 @@ def test_a_fresh_identity_leaves_the_text_alone(endpoint: Endpoint, separators: 
 def test_a_fresh_response_echoes_the_new_request_alone() -> None:
     request = {"metadata": {"trace": "new"}, "store": False, "input": "?"}
     events = b"".join(wire.unfold(Endpoint.RESPONSES, responses()))
-    fresh = wire.freshen(Endpoint.RESPONSES, events, ("resp_old", CREATED), ("resp_new", 7), request)
+    fresh = wire.template(Endpoint.RESPONSES, events, ("resp_old", CREATED))(("resp_new", 7), request)
     documents = [json.loads(part.split(b"data: ")[1]) for part in fresh.split(b"\n\n") if part]
     embedded = [document["response"] for document in documents if "response" in document]
     assert len(embedded) == 3
@@ -267,5 +267,5 @@ def test_a_long_answer_costs_milliseconds() -> None:
     start = time.perf_counter()
     events = wire.unfold(Endpoint.CHAT, body)
     assert wire.fold(Endpoint.CHAT, events) == body
-    wire.freshen(Endpoint.CHAT, b"".join(events), ("chatcmpl-old", CREATED), ("chatcmpl-new", 7), {})
+    wire.template(Endpoint.CHAT, b"".join(events), ("chatcmpl-old", CREATED))(("chatcmpl-new", 7), {})
     assert time.perf_counter() - start < 2
