@@ -99,7 +99,8 @@ class Service:
         if plan.slot is not None and plan.may_read:
             held = await self.store.find(plan.slot)
             if held is not None and plan.directives.accepts(age := age_s(held.recording)):
-                _count_hit(call, held.recording)
+                found = held.recording
+                metrics.hits.add(call.endpoint.label, found.prompt_tokens, found.completion_tokens, found.seconds)
                 answer = _replay(held, call)
                 answer.timings.cache_s = time.perf_counter() - began
                 return Reply(answer, CacheStatus.HIT, self.weights.short, plan.slot.key, int(age))
@@ -199,13 +200,6 @@ class Service:
 
 
 # --- pure helpers of the steps, in the order they are used -----------------------------------------
-
-
-def _count_hit(call: Call, recording: Recording) -> None:
-    metrics.child(metrics.calls, call.endpoint.label, "hit").inc()
-    metrics.child(metrics.tokens_saved, "prompt").inc(recording.prompt_tokens)
-    metrics.child(metrics.tokens_saved, "completion").inc(recording.completion_tokens)
-    metrics.seconds_saved.inc(recording.seconds)
 
 
 def _replay(held: Held, call: Call) -> Answer:

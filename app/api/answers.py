@@ -275,6 +275,9 @@ def presented_key(headers: dict[bytes, bytes], *, allow_x_api_key: bool = False)
     return None
 
 
+_CACHE_STATUS = {status: status.value.encode() for status in CacheStatus}
+
+
 def _reply_headers(reply: Reply, content_type: bytes) -> Headers:
     return _headers(reply.cache, reply.weights, reply.key, reply.age_s, reply.answer.timings, content_type)
 
@@ -283,8 +286,8 @@ def _headers(
     cache: CacheStatus, weights: str, key: str | None, age_s: int | None, timings: Timings, content_type: bytes
 ) -> Headers:
     headers = [
-        (b"content-type", content_type + b"; charset=utf-8" if content_type.startswith(b"text/") else content_type),
-        (b"x-cache", cache.value.encode()),
+        (b"content-type", content_type if content_type == b"application/json" else content_type + b"; charset=utf-8"),
+        (b"x-cache", _CACHE_STATUS[cache]),
         (b"x-weights", weights.encode()),
         (b"server-timing", server_timing(timings).encode()),
     ]
@@ -300,19 +303,24 @@ def _headers(
 
 def server_timing(timings: Timings) -> str:
     """W3C Server-Timing, milliseconds: the phases that are known by now."""
+    known = [f"{name};dur={max(0.0, seconds) * 1000:.2f}" for name, seconds in _phases(timings)]
+    return ", ".join(known) or "cache;dur=0"
+
+
+def _observe(status: CacheStatus, timings: Timings, seconds: float) -> None:
+    metrics.child(metrics.duration, status.value).observe(seconds)
+    for name, taken_s in _phases(timings):
+        metrics.child(metrics.phases, name).observe(max(0.0, taken_s))
+
+
+def _phases(timings: Timings) -> list[tuple[str, float]]:
+    """Name and seconds of the phases that are known by now."""
+    if timings.queue_s is None:  # a hit, or not yet generated
+        return [] if timings.cache_s is None else [("cache", timings.cache_s)]
     phases = (
         ("cache", timings.cache_s),
         ("queue", timings.queue_s),
         ("prefill", timings.prefill_s),
         ("decode", timings.decode_s),
     )
-    known = [f"{name};dur={max(0.0, seconds) * 1000:.2f}" for name, seconds in phases if seconds is not None]
-    return ", ".join(known) or "cache;dur=0"
-
-
-def _observe(status: CacheStatus, timings: Timings, seconds: float) -> None:
-    metrics.child(metrics.duration, status.value).observe(seconds)
-    for name in ("cache", "queue", "prefill", "decode"):
-        value = getattr(timings, f"{name}_s")
-        if value is not None:
-            metrics.child(metrics.phases, name).observe(max(0.0, value))
+    return [(name, seconds) for name, seconds in phases if seconds is not None]

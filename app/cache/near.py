@@ -68,12 +68,15 @@ class Near:
     def __init__(self, max_bytes: int) -> None:
         self._kept = _Bounded(max_bytes, lambda held: held.size_bytes)
         self._largest = max_bytes // _LARGEST_SHARE
-        self._is_open = False
+        self.is_open = False
         self._reads: set[_Read] = set()
 
     def get(self, key: str) -> Held | None:
-        held = self._kept.get(key)
-        if held is not None and held.recording.expires_at <= time.time():
+        try:
+            held = self._kept[key]
+        except KeyError:
+            return None
+        if held.recording.expires_at <= time.time():
             self._kept.pop(key)
             return None
         return held
@@ -94,7 +97,7 @@ class Near:
         self._reads.add(read)
 
         def take_in(key: str, held: Held) -> None:
-            if self._is_open and not read.is_void and key not in read.forgotten:
+            if self.is_open and not read.is_void and key not in read.forgotten:
                 self._put(key, held)
 
         try:
@@ -120,12 +123,12 @@ class Near:
     def open(self) -> None:
         """From now on every change is heard of. What was held before may be old, and goes."""
         self.clear()
-        self._is_open = True
+        self.is_open = True
         metrics.near_on.set(1)
 
     def close(self) -> None:
         """Changes are not heard of any more: what is held may still be given, but nothing is taken in."""
-        self._is_open = False
+        self.is_open = False
         metrics.near_on.set(0)
 
     def _put(self, key: str, held: Held) -> None:

@@ -69,11 +69,16 @@ class Store:
                 await stack.enter_async_context(Tracking(self.link, self._near, f"{self._namespace}:answer:"))
             yield
 
+    @property
+    def is_near(self) -> bool:
+        """Whether recordings are held in this process now."""
+        return self._near.is_open
+
     async def find(self, slot: Slot) -> Held | None:
         """The recording, whole, or None: not there, Redis down, or not one of ours."""
         held = self._near.get(slot.key)
         if held is not None:
-            metrics.near_hits.inc()
+            metrics.hits.near += 1
             return held
         return await self._lookups.find(slot.name(self._namespace), slot.key)
 

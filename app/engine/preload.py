@@ -21,8 +21,9 @@ def _in_core() -> None:
     die_with_parent(signal.SIGKILL)
 
 
-# It says once per process that Triton is not there, which on a CPU is as it should be.
-logging.getLogger("torch._library.triton").disabled = True
+# It says once per process that Triton is not there, which on a CPU is as it should be. A filter, since vLLM
+# configures logging anew, and that takes `disabled` back.
+logging.getLogger("torch._library.triton").addFilter(lambda _: False)
 
 if os.environ.get("_REFRAIN_FORKSERVER") == "1":
     # Its own way to notice our end, a pipe, stays open as long as a core does: each core holds a copy.

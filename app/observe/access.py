@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from functools import lru_cache
 from typing import Any, Self, TextIO
 
 import msgspec
@@ -16,6 +17,11 @@ import msgspec
 FLUSH_EVERY_S = 0.2
 
 _json = msgspec.json.Encoder()
+
+
+@lru_cache(maxsize=1)
+def _clock(second: int) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(second))
 
 
 class AccessLog:
@@ -45,8 +51,9 @@ class AccessLog:
         told = "".join(f" {name}={value}" for name, value in fields.items())
         # A client's path may hold control characters, which a terminal must not get.
         path = path if path.isprintable() else path.encode("unicode_escape").decode()
-        now = time.strftime("%H:%M:%S")
-        self._lines.append(f"{now} INFO    {method} {path} {status} {ms:.1f}ms{told}  [{request_id}]\n")
+        self._lines.append(
+            f"{_clock(int(time.time()))} INFO    {method} {path} {status} {ms:.1f}ms{told}  [{request_id}]\n"
+        )
 
     async def __aenter__(self) -> Self:
         self._writing = asyncio.create_task(self._write_regularly(), name="access-log")

@@ -140,7 +140,7 @@ def is_held(running: Running, key: str) -> bool:
 def hot(serve: Callable[..., Running], own_redis: RedisServer) -> Iterator[tuple[Running, redis.Redis, str]]:
     """A server that holds one recording itself; a client of its Redis; the recording's key."""
     running = serve(own_redis)
-    until(lambda: running.app.state.service.store._near._is_open)
+    until(lambda: running.app.state.service.store.is_near)
     ask(running)
     _, key = ask(running)
     until(lambda: ask(running)[0] == "hit" and is_held(running, key))
@@ -199,7 +199,7 @@ def test_what_changed_while_the_connection_was_away_is_not_given_after_it(
     transaction.unlink(name)
     transaction.execute()
     until(lambda: not is_held(running, key))
-    until(lambda: near._is_open)
+    until(lambda: near.is_open)
     until(lambda: ask(running)[0] == "hit")
     assert len(running.engine.calls) == 2, "the answer was generated anew, once"
 
@@ -211,12 +211,12 @@ def test_hot_hits_go_on_for_a_while_without_redis(
     near = running.app.state.service.store._near
     monkeypatch.setattr(tracking, "GRACE_S", 1.0)
     own_redis.send(9)
-    until(lambda: not near._is_open)
+    until(lambda: not near.is_open)
     assert ask(running)[0] == "hit"
     until(lambda: not is_held(running, key))
     assert ask(running)[0] == "miss"
     own_redis.start()
-    until(lambda: near._is_open)
+    until(lambda: near.is_open)
     until(lambda: ask(running)[0] == "hit")
 
 
@@ -224,9 +224,9 @@ def test_a_redis_that_stands_still_is_noticed(hot: tuple[Running, redis.Redis, s
     running, _, _ = hot
     near = running.app.state.service.store._near
     own_redis.send(19)
-    until(lambda: not near._is_open)
+    until(lambda: not near.is_open)
     own_redis.send(18)
-    until(lambda: near._is_open)
+    until(lambda: near.is_open)
 
 
 def test_a_redis_that_does_not_tell_of_changes_is_asked_each_time(
