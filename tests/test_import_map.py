@@ -16,8 +16,10 @@ app/engine/                                domain, errors, settings, wire, lifel
     trial.py                               main too: a program of its own, with the server's wiring
     base.py                                domain, errors alone: the protocol of every engine
     vllm.py, preload.py                    vllm, and starlette for what vLLM's own app keeps its handlers in
-app/service.py                             domain, errors, settings, wire, engine, cache, observe; no vendor at all
-app/api/                                   domain, errors, settings, wire, service, gate, observe,
+app/serving.py                             domain, engine
+app/service.py                             domain, errors, settings, wire, engine, cache, observe, serving; no vendor
+app/swap.py                                domain, errors, engine, observe, service, serving
+app/api/                                   domain, errors, settings, wire, service, serving, swap, gate, observe,
                                            `Phase` of engine, `policy` of cache           fastapi, starlette
     openapi.py                             errors; vllm and openai inside `build`: it is a generator, not the server
 app/main.py                                everything: the wiring                          fastapi, uvicorn
@@ -93,9 +95,12 @@ OURS: dict[str, set[str]] = {
         "app.engine",
         "app.errors",
         "app.observe",
+        "app.serving",
         "app.settings",
         "app.wire",
     },
+    "app.serving": {"app.domain", "app.engine"},
+    "app.swap": {"app.domain", "app.engine", "app.errors", "app.observe", "app.service", "app.serving"},
     "app.api": {
         "app",
         "app.api",
@@ -106,7 +111,9 @@ OURS: dict[str, set[str]] = {
         "app.gate",
         "app.observe",
         "app.service",
+        "app.serving",
         "app.settings",
+        "app.swap",
         "app.wire",
     },
     "app.api.openapi": {"app", "app.api.openapi_examples", "app.errors"},

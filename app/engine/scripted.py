@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any, NamedTuple
 
@@ -54,13 +54,21 @@ class Script:
 class ScriptedEngine:
     """`calls` are all that were ever asked for; in driven mode the test takes each from `asked`."""
 
-    def __init__(self, settings: Settings, weights: Weights, *, is_driven: bool = False, is_ready: bool = True) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        weights: Weights,
+        *,
+        adapters: Sequence[Weights] = (),
+        is_driven: bool = False,
+        is_ready: bool = True,
+    ) -> None:
         self.state = EngineState()
         self.calls: list[Call] = []
         self.asked: asyncio.Queue[Script] = asyncio.Queue()
         self.running = 0
         self._weights = weights
-        self._adapters: dict[str, Weights] = {}
+        self._adapters = {adapter.name: adapter for adapter in adapters}
         self._places = settings.adapter_places
         self._is_driven = is_driven
         self._is_ready = is_ready

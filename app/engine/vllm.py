@@ -17,7 +17,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from contextvars import ContextVar
 from typing import Any
@@ -68,9 +68,12 @@ class VllmEngine:
         settings: Settings,
         weights: Weights,
         on_progress: Callable[[str], None] | None = None,
+        *,
         check: Callable[[Weights, dict[str, Any]], None] | None = None,
+        adapters: Sequence[Weights] = (),
     ) -> None:
-        """`check` gets the fingerprint of each engine that was loaded, and raises Mismatch over a wrong one."""
+        """`check` gets the fingerprint of each engine that was loaded, and raises Mismatch over a wrong one.
+        `adapters` are loaded with it."""
         self.state = EngineState()
         self.fingerprint: dict[str, Any] = {}
         self._settings = settings
@@ -80,7 +83,7 @@ class VllmEngine:
         self._llm: Any = None
         self._handlers: Any = None
         self._life: asyncio.Task[None] | None = None
-        self._adapters: dict[str, Weights] = {}
+        self._adapters = {adapter.name: adapter for adapter in adapters}
 
     # --- life ---------------------------------------------------------------------------------
 
