@@ -8,6 +8,7 @@ import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -23,7 +24,7 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-models = typer.Typer(help="Weights: prepare them, see which there are.", no_args_is_help=True)
+models = typer.Typer(help="Weights: prepare, publish, roll back, see which there are.", no_args_is_help=True)
 cache = typer.Typer(help="The response cache: what is in it, and emptying it.", no_args_is_help=True)
 keys = typer.Typer(help="API keys: make, list, revoke.", no_args_is_help=True)
 cli.add_typer(models, name="models")
@@ -118,6 +119,93 @@ def models_list(as_json: Json = False) -> None:
         star = "*" if row.is_current else ""
         table.add_row(star, row.name, row.digest[:12], f"{row.size_bytes / 1e6:.0f} MB", _when(row.created))
     out.print(table)
+
+
+@models.command("show")
+def models_show(name: Annotated[str, typer.Argument(help="name, or name@digest")], as_json: Json = False) -> None:
+    """One set of weights: where they come from, what was measured, and when they were current."""
+    import msgspec
+
+    from app.weights import Registry
+
+    registry = Registry(load().weights_root)
+    manifest = registry.find(name)
+    moves = [move for move in registry.history(manifest.name) if move.digest == manifest.digest]
+    is_current = registry.current(manifest.name) == manifest.digest
+    if as_json:
+        more = {"is_current": is_current, "moves": msgspec.to_builtins(moves)}
+        out.print_json(data=msgspec.to_builtins(manifest) | more)
+        return
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_row("name", manifest.name)
+    table.add_row("digest", manifest.digest)
+    table.add_row("kind", manifest.kind if manifest.base is None else f"{manifest.kind}, from {manifest.base[:12]}")
+    table.add_row("current", "yes" if is_current else "no")
+    table.add_row("created", _when(manifest.created))
+    table.add_row("size", f"{manifest.size_bytes / 1e6:.0f} MB in {len(manifest.files)} files")
+    for title, values in [("source", manifest.source), ("software", manifest.software), ("metrics", manifest.metrics)]:
+        if values:
+            table.add_row(title, ", ".join(f"{key}={value}" for key, value in values.items()))
+    probes = manifest.fingerprint.get("probes", {})
+    table.add_row("fingerprint", f"{len(probes)} probes in {manifest.fingerprint['dtype']}" if probes else "none")
+    for move in moves:
+        table.add_row("was made current", f"{_when(move.at)}{f' ({move.why})' if move.why else ''}")
+    out.print(table)
+
+
+@models.command("publish")
+def models_publish(
+    folder: Annotated[Path, typer.Argument(help="A folder of Hugging Face weights, or of a LoRA adapter.")],
+    name: Annotated[str, typer.Option(help="What to publish it as.")],
+    base: Annotated[
+        str | None, typer.Option(help="The published weights (name or name@digest) that this is an adapter of.")
+    ] = None,
+    current: Annotated[bool, typer.Option(help="Make it what the name serves.")] = True,
+) -> None:
+    """Copy a folder into the registry, try it in the engine, publish it by digest, and make it current."""
+    from app.weights import Registry, publish_folder
+
+    registry = Registry(load().weights_root)
+    with _progress() as report:
+        manifest = publish_folder(folder, name, registry, report, base=base, make_current=current)
+    out.print(f"{manifest.name}@{manifest.digest}", soft_wrap=True)
+
+
+@models.command("rollback")
+def models_rollback(
+    name: Annotated[str, typer.Argument(help="Whose pointer to move back.")],
+    to: Annotated[str | None, typer.Option(help="The digest to go to, or its first digits.")] = None,
+) -> None:
+    """Make current again what was current before; once more: what was before that."""
+    from app.weights import Registry
+
+    registry = Registry(load().weights_root)
+    target = registry.find(f"{name}@{to}").digest if to else None
+    moved = registry.rollback(name, target)
+    out.print(f"{name}@{moved.digest[:12]} is current", soft_wrap=True)
+
+
+@models.command("gc")
+def models_gc(
+    name: Annotated[str | None, typer.Argument(help="Only weights of this name.")] = None,
+    keep: Annotated[int, typer.Option(min=0, help="How many of the last current ones stay.")] = 3,
+    min_age_s: Annotated[float, typer.Option(min=0, help="Younger ones stay.")] = 3600,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go.")] = False,
+) -> None:
+    """Remove weights that are not current, were not lately, and that no running server of this home serves."""
+    from app.weights import InUse, Registry
+
+    settings = load()
+    registry, in_use = Registry(settings.weights_root), InUse(settings.home / "serving").digests()
+    names = [name] if name else sorted({row.name for row in registry.list()})
+    rows = [row for each in names for row in registry.unused(each, keep, in_use, younger_than_s=min_age_s)]
+    for row in rows:
+        if not dry_run:
+            registry.remove(row.name, row.digest)
+        did = "would remove" if dry_run else "removed"
+        out.print(f"{did} {row.name}@{row.digest[:12]} ({row.size_bytes / 1e6:.0f} MB)", soft_wrap=True)
+    if not rows:
+        out.print("nothing to remove")
 
 
 @models.command("verify")

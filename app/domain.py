@@ -124,7 +124,8 @@ class Weights:
     `digest` is the SHA-256 (hex) over the content of every file that can change an answer; `settings_digest`
     covers what the engine was told about them (dtype, quantization, parsers, vLLM's version, ...). `dtype` is what
     the engine computes in. `sampling_defaults` are the generation config's values for parameters that a call
-    leaves out.
+    leaves out. `fingerprint` is what the engine said to fixed probes when these weights were published, if anybody
+    asked it then. `base` is set for a LoRA adapter alone: the digest of the weights that it changes.
     """
 
     name: str
@@ -135,6 +136,13 @@ class Weights:
     created: int = 0
     max_model_len: int | None = None
     dtype: str = "auto"
+    fingerprint: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    base: str | None = None
+
+    @property
+    def mark(self) -> str:
+        """What `system_fingerprint` says in chat completions and completions."""
+        return f"rf_{self.digest[:12]}"
 
     @property
     def short(self) -> str:

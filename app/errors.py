@@ -8,6 +8,7 @@ AppError                      has a public face: message · status · type · co
 │   ├─ BodyTimedOut 408 · BodyTooLarge 413 · NotJson 415
 │   └─ RateLimited 429
 ├─ Busy         (503)         Draining, Loading: come back after `retry_after_s`
+├─ SwapFailed   (409)         other weights or an adapter could not be served: AdapterFailed
 ├─ NotCached    (504)         only-if-cached, and it is not
 └─ Broken       (5xx)         EngineFailed 500, EngineDown 503, EngineTimedOut 504
 RoomError                     never leaves its room: it is turned into behaviour at the door
@@ -126,6 +127,19 @@ class Loading(Busy):
     """Raised when the engine is not ready within the time that a call may wait for it."""
 
     code = "engine_loading"
+
+
+class SwapFailed(AppError):
+    """Raised when other weights were to be served and could not be: what was served before still is."""
+
+    status = 409
+    code = "swap_failed"
+
+
+class AdapterFailed(SwapFailed):
+    """Raised when an adapter does not fit the served weights, or there is no room for one more."""
+
+    code = "adapter_failed"
 
 
 class Draining(Busy):

@@ -9,7 +9,7 @@ import json
 import logging
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,13 +27,14 @@ from app.cache.embedded import EmbeddedRedis
 from app.cache.link import Link
 from app.cache.store import Store
 from app.domain import Weights
-from app.engine import Engine, Phase, cpu
+from app.engine import Engine, cpu, room_for
 from app.errors import StartRefused
 from app.gate.keys import Gate, KeyFile
 from app.observe.access import AccessLog
 from app.service import Service
 from app.settings import Settings
-from app.weights import DEFAULT_MODEL, DigestMemo, Registry, pull_default, resolve
+from app.swap import Sources, Swapper
+from app.weights import DEFAULT_MODEL, DigestMemo, InUse, Registry, Witness, pull_default, resolve, resolve_adapter
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ def create_app(
     weights: Weights,
     *,
     engine: Engine | None = None,
+    sources: Sources | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> FastAPI:
     """The whole server as an ASGI app; what it opens, its lifespan closes, in reverse.
@@ -51,15 +53,20 @@ def create_app(
         settings: see `refrain config`.
         weights: what `find_weights` gives for them.
         engine: one of your own making, for tests; by default the one that the settings name.
+        sources: where a swap takes weights and engines from; by default the registry and the settings.
         on_progress: called with one line per step of the engine's start.
 
     Raises:
-        StartRefused: no keys on an open address, or keys that cannot be read.
+        StartRefused: no keys on an open address, keys that cannot be read, or an adapter that is not one.
     """
     gate = open_gate(settings)
     redis = EmbeddedRedis(settings) if settings.redis_url is None else None
     link = Link(settings, settings.redis_url.get_secret_value() if settings.redis_url else redis.url)  # type: ignore[union-attr]
-    service = Service(settings, weights, engine or _engine(settings, weights, on_progress), Store(settings, link))
+    adapters = [find_adapter(settings, name, weights) for name in settings.adapter_names]
+    first = engine or make_engine(settings, weights, on_progress, adapters=adapters)
+    service = Service(settings, weights, first, Store(settings, link), adapters)
+    in_use = InUse(settings.home / "serving")
+    swapper = Swapper(service, sources or swap_sources(settings), watch_s=settings.watch_s, tell=in_use.tell)
 
     access = AccessLog(settings.log_format) if settings.access_log else None
 
@@ -73,15 +80,20 @@ def create_app(
                 await redis.start()
             stack.push_async_callback(link.close)
             await stack.enter_async_context(service.store.opened())
-            stack.push_async_callback(service.engine.close)
+            if engine is None:
+                stack.push_async_callback(end_engines, settings)
+            stack.push_async_callback(lambda: service.engine.close())
             await service.engine.start()
+            stack.callback(in_use.end)
+            stack.push_async_callback(swapper.close)
+            await swapper.start()
             yield
 
     app = FastAPI(
         title="Refrain", version=__version__, lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None
     )
     app.state.service = service
-    answering = mount_routes(app, service, gate, settings)
+    answering = mount_routes(app, service, gate, settings, swapper)
     mount_docs(app)
     app.add_middleware(Edge, direct=answering, access=access)
     return app
@@ -106,7 +118,7 @@ def find_weights(settings: Settings, report: Callable[[str], None]) -> Weights:
     """
     registry = Registry(settings.weights_root)
     if settings.engine == "scripted":
-        return Weights(settings.served_model_name or "scripted", "", "0" * 64, "0" * 64, {}, max_model_len=8192)
+        return _scripted_weights(settings, registry, report)
     if settings.model == DEFAULT_MODEL:
         pull_default(registry, report)
     memo = DigestMemo(settings.home / "digests.json")
@@ -119,6 +131,15 @@ def find_weights(settings: Settings, report: Callable[[str], None]) -> Weights:
         name=settings.served_model_name or found.name,
         max_model_len=settings.max_model_len or found.max_model_len,
     )
+
+
+def _scripted_weights(settings: Settings, registry: Registry, report: Callable[[str], None]) -> Weights:
+    """Published weights give their name and digest, if they are asked for; nothing of them is loaded."""
+    if settings.model == DEFAULT_MODEL or not registry.knows(settings.model.partition("@")[0]):
+        return Weights(settings.served_model_name or "scripted", "", "0" * 64, "0" * 64, {}, max_model_len=8192)
+    memo = DigestMemo(settings.home / "digests.json")
+    found = resolve(settings.model, registry, memo, {"engine": "scripted"}, report)
+    return replace(found, name=settings.served_model_name or found.name)
 
 
 def _answer_settings(settings: Settings) -> dict[str, str]:
@@ -157,14 +178,62 @@ def _chat_template(settings: Settings) -> str | None:
         return settings.chat_template
 
 
-def _engine(settings: Settings, weights: Weights, on_progress: Callable[[str], None] | None) -> Engine:
+def make_engine(
+    settings: Settings,
+    weights: Weights,
+    on_progress: Callable[[str], None] | None = None,
+    *,
+    adapters: Sequence[Weights] = (),
+    is_trial: bool = False,
+) -> Engine:
+    """The engine that the settings name, not started. In a trial nothing vouches for the weights yet."""
     if settings.engine == "scripted":
         from app.engine.scripted import ScriptedEngine
 
-        return ScriptedEngine(settings, weights)
+        return ScriptedEngine(settings, weights, adapters=adapters)
     from app.engine.vllm import VllmEngine
 
-    return VllmEngine(settings, weights, on_progress)
+    check = None if is_trial else Witness(settings.home / "fingerprints").check
+    return VllmEngine(settings, weights, on_progress, check=check, adapters=adapters)
+
+
+def find_adapter(settings: Settings, name: str, base: Weights) -> Weights:
+    """A published adapter of `base`; raises StartRefused where there is none of that name."""
+    return resolve_adapter(name, Registry(settings.weights_root), base)
+
+
+def swap_sources(settings: Settings, make: Callable[[Weights, list[Weights]], Engine] | None = None) -> Sources:
+    """Where a swap takes its weights and engines from."""
+    return Sources(
+        find=lambda: find_weights(settings, log.info),
+        adapter=lambda name, base: find_adapter(settings, name, base),
+        make=make or (lambda weights, adapters: make_engine(settings, weights, adapters=adapters)),
+        fits=lambda weights: _fits(settings, weights),
+        pointer=_pointer(settings),
+    )
+
+
+def _fits(settings: Settings, weights: Weights) -> tuple[bool, str]:
+    if settings.swap != "auto":
+        return settings.swap == "beside", "as REFRAIN_SWAP says"
+    if settings.engine == "scripted":
+        return True, "nothing is needed"
+    room = room_for(settings, weights)
+    return room.is_enough, str(room)
+
+
+def _pointer(settings: Settings) -> Path | None:
+    """What tells that other weights are current; none for a folder, a hub id, or a digest that is named."""
+    registry = Registry(settings.weights_root)
+    return registry.pointer(settings.model) if registry.knows(settings.model) else None
+
+
+async def end_engines(settings: Settings) -> None:
+    """End what all engines of this process share."""
+    if settings.engine != "scripted":
+        from app.engine.vllm import end_fork_server
+
+        await end_fork_server()
 
 
 class Server(uvicorn.Server):
@@ -184,7 +253,7 @@ class Server(uvicorn.Server):
         yield
 
     def _stop(self, number: int) -> None:
-        self._app.state.service.engine.state.become(Phase.DRAINING, f"got {signal.Signals(number).name}")
+        self._app.state.service.drain(f"got {signal.Signals(number).name}")
         log.info("%s: draining", signal.Signals(number).name)
         self.handle_exit(number, None)
 

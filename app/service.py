@@ -1,9 +1,9 @@
 """The journey of a call. Read it from top to bottom; every other room is a detail of one of its steps.
 
 ```
-1. plan      is this call's answer anybody else's too? under which key?     cache.key, cache.policy
+1. plan      for which weights is it? is its answer anybody else's too?     serving, cache.key, cache.policy
 2. recall    an answer that was given before                               cache.store
-3. wait      for an engine that still loads, within bounds                 engine.state
+3. wait      while weights are swapped, and for an engine that still loads, within bounds                 engine.state
 4. generate  the engine's answer, live                                     engine
 5. record    if it ended well, and before its client sees the end          cache.store
 ```
@@ -12,9 +12,10 @@ What is refused is refused before the first byte. Nothing here knows HTTP, Redis
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,9 +27,10 @@ from app.cache.policy import Directives
 from app.cache.recording import Recording
 from app.cache.store import Slot, Store, age_s, jittered
 from app.domain import Answer, CacheStatus, Call, Endpoint, Form, Reply, Timings, Weights
-from app.engine import Engine
-from app.errors import Incomplete, NotCached
+from app.engine import Engine, Phase
+from app.errors import Draining, Incomplete, NotCached, UnknownModel
 from app.observe import metrics
+from app.serving import Catalog, Serving
 from app.settings import Settings
 
 # The closing usage event is asked of the engine for each of these streams, since a later client may want it.
@@ -37,8 +39,9 @@ _USAGE_ON_REQUEST = (Endpoint.CHAT, Endpoint.COMPLETIONS)
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the cache may do for one call. Without a slot: nothing, for this reason."""
+    """Which weights answer one call, and what the cache may do for it. Without a slot: nothing, for this reason."""
 
+    serving: Serving
     slot: Slot | None
     may_read: bool
     may_write: bool
@@ -52,30 +55,82 @@ class Plan:
 
 
 class Service:
-    """One model, one engine, one cache."""
+    """What is served, and one cache. Other weights come in by a new `catalog`; calls keep what they were planned on."""
 
-    def __init__(self, settings: Settings, weights: Weights, engine: Engine, store: Store) -> None:
+    def __init__(
+        self, settings: Settings, weights: Weights, engine: Engine, store: Store, adapters: Sequence[Weights] = ()
+    ) -> None:
         self._settings = settings
-        self.weights = weights
-        self.engine = engine
+        base = Serving(weights, engine)
+        self.catalog = Catalog(base, {each.name: Serving(each, engine, base) for each in adapters})
         self.store = store
+        self.is_draining = False
+        self._open = asyncio.Event()
+        self._open.set()
+
+    @property
+    def weights(self) -> Weights:
+        return self.catalog.base.weights
+
+    @property
+    def engine(self) -> Engine:
+        return self.catalog.base.engine
+
+    def hold_calls(self) -> None:
+        """Calls that need an engine wait from here on; hits are answered as ever."""
+        self._open.clear()
+
+    @property
+    def holds_calls(self) -> bool:
+        return not self._open.is_set()
+
+    def let_calls_go(self) -> None:
+        self._open.set()
+
+    def drain(self, detail: str) -> None:
+        """Take no new generation, and no other weights: the server is about to stop."""
+        self.is_draining = True
+        self._open.set()
+        self.engine.state.become(Phase.DRAINING, detail)
 
     # 1 -------------------------------------------------------------------------------------------
 
     def plan(self, call: Call, directives: Directives) -> Plan:
-        """Whether this call has a key that others may share, and which."""
-        reason = self._why_bypass(call)
+        """Whether this call has a key that others may share, and which. Raises UnknownModel."""
+        serving = self.catalog.of(call.body.get("model"))
+        if serving is None:  # an adapter that was unloaded a moment ago
+            raise UnknownModel(f"the model `{call.body['model']}` is not served any more", param="model")
+        weights = serving.weights
+        reason = self._why_bypass(call, weights)
         if reason is not None:
             metrics.bypasses.labels(reason).inc()
-            return Plan(None, False, False, directives, reason)
-        key = cache_key(call, self.weights, tenant=call.caller.tenant)
-        slot = Slot(call.caller.tenant, self.weights.name, key)
-        return Plan(slot, not directives.no_cache, not directives.no_store, directives)
+            return Plan(serving, None, False, False, directives, reason)
+        key = cache_key(call, weights, tenant=call.caller.tenant)
+        slot = Slot(call.caller.tenant, weights.name, key)
+        return Plan(serving, slot, not directives.no_cache, not directives.no_store, directives)
 
-    def _why_bypass(self, call: Call) -> str | None:
+    async def board(self, call: Call, plan: Plan) -> Plan:
+        """A plan on weights that take new calls: `plan` itself, or a new one if others have come in meanwhile.
+
+        Waits while a swap holds calls. Hold the plan's serving before the next `await`, and keep it until the answer
+        is out: that is what keeps its engine alive.
+        """
+        if plan.serving.is_retired:
+            await self._open.wait()
+            plan = self.plan(call, plan.directives)
+            if plan.serving.is_retired:  # the swap was cut off: the server stops
+                raise Draining("the server is shutting down", retry_after_s=5)
+        return plan
+
+    async def boarded(self, model: str | None) -> Serving | None:
+        """What serves `model` and takes calls, when a swap does not hold them; None where nothing is called that."""
+        await self._open.wait()
+        return self.catalog.of(model)
+
+    def _why_bypass(self, call: Call, weights: Weights) -> str | None:
         if self._settings.cache == "off":
             return "off"
-        if reason := why_uncacheable(call, self.weights):
+        if reason := why_uncacheable(call, weights):
             return reason
         if (
             self._settings.responses_store
@@ -83,7 +138,7 @@ class Service:
             and call.body.get("store") is not False
         ):
             return "stored"  # its id must be one that the engine can be asked for
-        if self._settings.cache == "deterministic" and not is_deterministic(call, self.weights):
+        if self._settings.cache == "deterministic" and not is_deterministic(call, weights):
             return "not_deterministic"
         return None
 
@@ -103,7 +158,7 @@ class Service:
                 metrics.hits.add(call.endpoint.label, found.prompt_tokens, found.completion_tokens, found.seconds)
                 answer = _replay(held, call)
                 answer.timings.cache_s = time.perf_counter() - began
-                return Reply(answer, CacheStatus.HIT, self.weights.short, plan.slot.key, int(age))
+                return Reply(answer, CacheStatus.HIT, plan.serving.weights.short, plan.slot.key, int(age))
         if plan.directives.only_if_cached:
             raise NotCached("the answer is not in the cache, and the request allows nothing else")
         return None
@@ -117,16 +172,17 @@ class Service:
             AppError: refused or broken before there was anything to send. Cancelling frees the engine.
         """
         began = time.perf_counter()
-        await self.engine.state.ready(self._settings.loading_wait_s)
+        engine = plan.serving.engine
+        await engine.state.ready(self._settings.loading_wait_s)
         with metrics.in_flight.track_inprogress():
-            answer = await self.engine.answer(_asking_for_usage(call))
+            answer = await engine.answer(_asking_for_usage(call))
         answer.timings.cache_s = looked_s
         if answer.body is not None:
             await self._record_body(call, plan, answer.body, answer.timings, began)
         else:
             answer = replace(answer, events=self._recorded(call, plan, answer, began))
         metrics.child(metrics.calls, call.endpoint.label, plan.status.value).inc()
-        return Reply(answer, plan.status, self.weights.short, plan.slot.key if plan.slot else None)
+        return Reply(answer, plan.status, plan.serving.weights.short, plan.slot.key if plan.slot else None)
 
     async def _recorded(self, call: Call, plan: Plan, answer: Answer, began: float) -> AsyncGenerator[bytes, None]:
         """The live events, kept as they pass. The recording is made before the last one is handed on, so a
@@ -134,7 +190,7 @@ class Service:
         assert answer.events is not None  # noqa: S101 - a stream, by the only caller
         kept: list[bytes] | None = [] if plan.slot and plan.may_write else None
         kept_bytes = 0
-        with metrics.in_flight.track_inprogress():
+        with metrics.in_flight.track_inprogress(), plan.serving.hold():
             async with aclosing(answer.events) as events:  # type: ignore[type-var]
                 async for event in events:
                     if kept is not None:

@@ -60,6 +60,21 @@ class Settings(BaseSettings):
         DEFAULT_MODEL, description="What to serve: a registry name, a local Hugging Face directory, or a hub id."
     )
     served_model_name: str | None = Field(None, description="Name clients use; by default the model's own.")
+    watch_s: float = Field(
+        2.0, ge=0, description="How often a running server looks for other current weights, in seconds; 0: never."
+    )
+    swap: Literal["auto", "beside", "pause"] = Field(
+        "auto",
+        description="How other weights are put in: by a second engine beside the first, or after it while calls wait; "
+        "auto: beside where memory allows.",
+    )
+    adapters: str | None = Field(
+        None, description="Published LoRA adapters of the served weights to serve as models, by commas."
+    )
+    max_adapters: int = Field(0, ge=0, description="Most adapters at one time, where some are to be loaded later.")
+    max_adapter_rank: Literal[8, 16, 32, 64, 128, 256] = Field(
+        32, description="Highest rank of an adapter; memory is set aside for it."
+    )
 
     # engine
     engine: Literal["vllm", "scripted"] = Field("vllm", description="vllm, or scripted: canned text at a fixed rate.")
@@ -146,6 +161,15 @@ class Settings(BaseSettings):
         if (self.redis_sentinel or self.redis_cluster) and self.redis_url is None:
             raise ValueError("REFRAIN_REDIS_SENTINEL and REFRAIN_REDIS_CLUSTER need REFRAIN_REDIS_URL")
         return self
+
+    @property
+    def adapter_names(self) -> list[str]:
+        return [name.strip() for name in (self.adapters or "").split(",") if name.strip()]
+
+    @property
+    def adapter_places(self) -> int:
+        """How many adapters can be served at one time; 0 leaves LoRA off, which costs base calls their speed."""
+        return max(self.max_adapters, len(self.adapter_names))
 
     @property
     def keys_path(self) -> Path:

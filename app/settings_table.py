@@ -31,7 +31,7 @@ def with_table(readme: str) -> str:
 
 def _kind(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
-        return ", ".join(get_args(annotation))
+        return ", ".join(map(str, get_args(annotation)))
     if isinstance(annotation, UnionType):
         return ", ".join(_kind(part) for part in get_args(annotation) if part is not NoneType)
     names: dict[Any, str] = {str: "text", float: "number", int: "whole number", bool: "true, false", SecretStr: "URL"}

@@ -27,6 +27,7 @@ from app.domain import Weights
 from app.engine.scripted import ScriptedEngine
 from app.main import create_app
 from app.settings import Settings
+from app.swap import Sources
 
 REPOSITORY = Path(__file__).parents[1]
 MODEL = "scripted"
@@ -130,9 +131,11 @@ class Running:
         assert not self.thread.is_alive(), "the server did not stop"
 
 
-def run_server(settings: Settings, *, weights: Weights = WEIGHTS, **engine_options: Any) -> Running:
+def run_server(
+    settings: Settings, *, weights: Weights = WEIGHTS, sources: Sources | None = None, **engine_options: Any
+) -> Running:
     engine = ScriptedEngine(settings, weights, **engine_options)
-    app = create_app(settings, weights, engine=engine)
+    app = create_app(settings, weights, engine=engine, sources=sources)
     config = uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)

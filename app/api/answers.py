@@ -21,11 +21,12 @@ from starlette.types import Receive, Scope, Send
 from app import wire
 from app.api.body import parse, read
 from app.cache.policy import directives
-from app.domain import CacheStatus, Call, Caller, Endpoint, Reply, Timings, Weights
+from app.domain import CacheStatus, Call, Caller, Endpoint, Reply, Timings
 from app.errors import AppError, BadCall, Broken, Draining, EngineFailed, UnknownModel
 from app.gate.keys import Gate
 from app.observe import logs, metrics
 from app.service import Plan, Service
+from app.serving import Catalog
 from app.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class _Question(NamedTuple):
     """All that `AnswerRoute` derives a call and its plan from; equal questions have equal plans."""
 
     caller: Caller
-    weights: Weights
+    catalog: Catalog
     cache_control: bytes | None
     content: bytes
 
@@ -64,6 +65,7 @@ class AnswerRoute:
         self._gate = gate
         self._settings = settings
         self._memo: LRUCache[_Question, _Understood] = LRUCache(MEMO_BYTES, lambda known: known.memory_bytes)
+        self._memo_of = service.catalog
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         began = time.perf_counter()
@@ -74,7 +76,7 @@ class AnswerRoute:
         if caller.key_id:
             fields["key"] = caller.key_id
         content = await read(headers, receive, self._settings)
-        call, plan = self._understood(_Question(caller, self._service.weights, headers.get(b"cache-control"), content))
+        call, plan = self._understood(_Question(caller, self._service.catalog, headers.get(b"cache-control"), content))
 
         looking = time.perf_counter()
         reply = await self._service.recall(call, plan)
@@ -91,6 +93,9 @@ class AnswerRoute:
 
     def _understood(self, question: _Question) -> tuple[Call, Plan]:
         """The call, and what the cache may do for it. The same bytes from the same caller are understood once."""
+        if question.catalog is not self._memo_of:  # old plans are of no use, and would keep an old engine alive
+            self._memo.clear()
+            self._memo_of = question.catalog
         known = self._memo.get(question)
         if known is None:
             known = self._understand(question)
@@ -111,18 +116,16 @@ class AnswerRoute:
         model = body.get("model")
         if model is not None and not isinstance(model, str):
             raise BadCall("`model` must be a string", param="model")
-        if model is not None and model != self._service.weights.name:
-            raise UnknownModel(
-                f"the model `{model}` does not exist here; this server serves `{self._service.weights.name}`",
-                param="model",
-            )
+        if self._service.catalog.of(model) is None:
+            served = ", ".join(f"`{name}`" for name in self._service.catalog.names)
+            raise UnknownModel(f"the model `{model}` does not exist here; this server serves {served}", param="model")
         if not isinstance(body.get("stream", False), bool | None):
             raise BadCall("`stream` must be true or false", param="stream")
         return body
 
     async def _generate(self, call: Call, plan: Plan, looked_s: float, receive: Receive, send: Send) -> Timings:
         """Run the generation while its client is there. Raises what it raises, before the first byte."""
-        stream = _Stream(send, self._settings.keep_alive_s, self._early_headers(plan), call.endpoint)
+        stream = _Stream(send, self._settings.keep_alive_s, call.endpoint)
         work = asyncio.create_task(self._answer(call, plan, looked_s, stream, send), name="answer")
         gone = asyncio.create_task(_gone(receive), name="client-gone")
         try:
@@ -146,6 +149,12 @@ class AnswerRoute:
             await asyncio.wait({work, gone})
 
     async def _answer(self, call: Call, plan: Plan, looked_s: float, stream: _Stream, send: Send) -> Timings:
+        plan = await self._service.board(call, plan)
+        with plan.serving.hold():
+            stream.early_headers = _early_headers(plan)
+            return await self._answer_on(call, plan, looked_s, stream, send)
+
+    async def _answer_on(self, call: Call, plan: Plan, looked_s: float, stream: _Stream, send: Send) -> Timings:
         if not call.is_streaming:
             reply = await self._service.generate(call, plan, looked_s=looked_s)
             await _send(reply, send)
@@ -170,19 +179,20 @@ class AnswerRoute:
                 return Timings()
             return reply.answer.timings
 
-    def _early_headers(self, plan: Plan) -> Headers:
-        """For a stream that starts with a keep-alive, before the engine has said anything."""
-        key = plan.slot.key if plan.slot else None
-        return _headers(plan.status, self._service.weights.short, key, None, Timings(), b"text/event-stream")
+
+def _early_headers(plan: Plan) -> Headers:
+    """For a stream that starts with a keep-alive, before the engine has said anything."""
+    key = plan.slot.key if plan.slot else None
+    return _headers(plan.status, plan.serving.weights.short, key, None, Timings(), b"text/event-stream")
 
 
 class _Stream:
     """A response of server-sent events: started late, kept alive, ended by its last event or an error event."""
 
-    def __init__(self, send: Send, keep_alive_s: float, early_headers: Headers, endpoint: Endpoint) -> None:
+    def __init__(self, send: Send, keep_alive_s: float, endpoint: Endpoint) -> None:
         self._send = send
         self._keep_alive_s = keep_alive_s
-        self._early_headers = early_headers
+        self.early_headers: Headers = []
         self._endpoint = endpoint
         self._last_sent = time.monotonic()
         self.started = False
@@ -226,7 +236,7 @@ class _Stream:
             silent_s = time.monotonic() - self._last_sent
             if silent_s >= self._keep_alive_s:
                 if not self.started:
-                    await self._start(self._early_headers)
+                    await self._start(self.early_headers)
                 await self._write(b": keep-alive\n\n")
                 silent_s = 0.0
             await asyncio.sleep(self._keep_alive_s - silent_s)

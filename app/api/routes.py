@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version as distribution_version
 from typing import Any
 
@@ -31,10 +32,14 @@ from app.errors import (
 from app.gate.keys import Gate
 from app.observe import logs, metrics
 from app.service import Service
+from app.serving import Serving
 from app.settings import Settings
+from app.swap import Swapper
 
 
-def mount_routes(app: FastAPI, service: Service, gate: Gate, settings: Settings) -> dict[str, ASGIApp]:
+def mount_routes(
+    app: FastAPI, service: Service, gate: Gate, settings: Settings, swapper: Swapper
+) -> dict[str, ASGIApp]:
     """Add every route of the API to the app; those that answer are given back too, by path (see `Edge`)."""
     answering: dict[str, ASGIApp] = {
         endpoint.value: AnswerRoute(endpoint, service, gate, settings) for endpoint in Endpoint
@@ -44,15 +49,17 @@ def mount_routes(app: FastAPI, service: Service, gate: Gate, settings: Settings)
     _mount_models(app, service, gate)
     _mount_tokens(app, service, gate, settings)
     _mount_stored_responses(app, service, gate)
-    _mount_health(app, service)
+    _mount_health(app, service, swapper)
     _mount_admin(app, service, gate, settings)
+    _mount_swaps(app, service, gate, settings, swapper)
     _mount_errors(app)
     return answering
 
 
 def _mount_models(app: FastAPI, service: Service, gate: Gate) -> None:
-    def card() -> dict[str, Any]:
-        weights = service.weights
+    def card(serving: Serving) -> dict[str, Any]:
+        weights = serving.weights
+        parent = {"parent": service.weights.name, "base": weights.base} if weights.base else {}
         return {
             "id": weights.name,
             "object": "model",
@@ -60,19 +67,19 @@ def _mount_models(app: FastAPI, service: Service, gate: Gate) -> None:
             "owned_by": "refrain",
             "max_model_len": weights.max_model_len,
             "weights": weights.digest,
-        }
+        } | parent
 
     @app.get("/v1/models")
     async def list_models(request: Request) -> JSONResponse:
         _caller(request, gate)
-        return JSONResponse({"object": "list", "data": [card()]})
+        return JSONResponse({"object": "list", "data": [card(serving) for serving in service.catalog]})
 
     @app.get("/v1/models/{model_id:path}")
     async def retrieve_model(request: Request, model_id: str) -> JSONResponse:
         _caller(request, gate)
-        if model_id != service.weights.name:
+        if (serving := service.catalog.of(model_id)) is None:
             raise UnknownModel(f"the model `{model_id}` does not exist here", param="model")
-        return JSONResponse(card())
+        return JSONResponse(card(serving))
 
 
 def _mount_tokens(app: FastAPI, service: Service, gate: Gate, settings: Settings) -> None:
@@ -81,10 +88,12 @@ def _mount_tokens(app: FastAPI, service: Service, gate: Gate, settings: Settings
         _caller(request, gate, allow_x_api_key=path.startswith("/v1/messages"))
         body = await read_object(request.scope, request.receive, settings)
         model = body.get("model")
-        if isinstance(model, str) and model != service.weights.name:
+        serving = await service.boarded(model if isinstance(model, str) else None)
+        if serving is None:
             raise UnknownModel(f"the model `{model}` does not exist here", param="model")
-        await service.engine.state.ready(settings.loading_wait_s)
-        return JSONResponse(await service.engine.tokens(path, body))
+        with serving.hold():
+            await serving.engine.state.ready(settings.loading_wait_s)
+            return JSONResponse(await serving.engine.tokens(path, body))
 
     for path in ("/tokenize", "/detokenize", "/v1/messages/count_tokens"):
         app.add_api_route(path, tokens, methods=["POST"])
@@ -114,7 +123,7 @@ def _as_response(answer: Answer) -> Response:
     return Response(answer.body, media_type="application/json")
 
 
-def _mount_health(app: FastAPI, service: Service) -> None:
+def _mount_health(app: FastAPI, service: Service, swapper: Swapper) -> None:
     @app.get("/healthz")
     async def alive() -> dict[str, str]:
         return {"status": "alive"}
@@ -129,8 +138,11 @@ def _mount_health(app: FastAPI, service: Service) -> None:
             "model": service.weights.short,
             "redis": "up" if service.store.link.is_up else "down",
         }
-        if state.phase is Phase.READY:
-            return JSONResponse(told)
+        if swapper.last is not None and swapper.last.status in ("running", "failed"):
+            told["swap"] = swapper.last.told()
+        # While a swap holds calls there is no engine, and none is needed: they are answered all the same.
+        if state.phase is Phase.READY or service.holds_calls:
+            return JSONResponse(told | {"status": Phase.READY.value})
         error = AppError(f"the engine is {state.phase.value}: {state.detail}", code=f"engine_{state.phase.value}")
         told |= error.body(logs.request_id.get())
         return JSONResponse(told, status_code=503, headers={"retry-after": "5"})
@@ -147,12 +159,7 @@ def _mount_health(app: FastAPI, service: Service) -> None:
 
 
 def _mount_admin(app: FastAPI, service: Service, gate: Gate, settings: Settings) -> None:
-    def admin(request: Request) -> None:
-        caller = _caller(request, gate)
-        if gate.is_open:
-            raise Unauthenticated("the admin routes need an admin key; make one with `refrain keys create --admin`")
-        if not caller.is_admin:
-            raise Forbidden("this needs an admin key")
+    admin = partial(_admin, gate=gate)
 
     @app.get("/admin/cache")
     async def cache_stats(request: Request) -> JSONResponse:
@@ -179,6 +186,54 @@ def _mount_admin(app: FastAPI, service: Service, gate: Gate, settings: Settings)
             return JSONResponse({"purged": await service.store.purge(model=model, tenant=tenant)})
         except RedisDown:
             raise AppError("redis does not answer", status=503, code="redis_down", retry_after_s=5) from None
+
+
+def _mount_swaps(app: FastAPI, service: Service, gate: Gate, settings: Settings, swapper: Swapper) -> None:
+    admin = partial(_admin, gate=gate)
+
+    def served() -> dict[str, Any]:
+        rows = [
+            {
+                "name": each.weights.name,
+                "digest": each.weights.digest,
+                "kind": "adapter" if each.weights.base else "model",
+            }
+            for each in service.catalog
+        ]
+        return {"served": rows, "swap": swapper.last.told() if swapper.last else None}
+
+    @app.get("/admin/models")
+    async def models_served(request: Request) -> JSONResponse:
+        admin(request)
+        return JSONResponse(served())
+
+    @app.post("/admin/models/reload")
+    async def models_reload(request: Request) -> JSONResponse:
+        admin(request)
+        return JSONResponse((await swapper.reload()).told())
+
+    @app.post("/admin/models/adapters")
+    async def adapter_load(request: Request) -> JSONResponse:
+        admin(request)
+        given = await read_object(request.scope, request.receive, settings)
+        if not isinstance(name := given.get("name"), str) or set(given) != {"name"}:
+            raise BadCall('say which adapter: {"name": "..."}', param="name")
+        adapter = await swapper.load_adapter(name)
+        return JSONResponse(served() | {"adapter": adapter.short})
+
+    @app.delete("/admin/models/adapters/{name}")
+    async def adapter_unload(request: Request, name: str) -> JSONResponse:
+        admin(request)
+        await swapper.unload_adapter(name)
+        return JSONResponse(served())
+
+
+def _admin(request: Request, gate: Gate) -> None:
+    caller = _caller(request, gate)
+    if gate.is_open:
+        raise Unauthenticated("the admin routes need an admin key; make one with `refrain keys create --admin`")
+    if not caller.is_admin:
+        raise Forbidden("this needs an admin key")
 
 
 def _mount_errors(app: FastAPI) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
-from app.domain import Answer, Call
+from app.domain import Answer, Call, Weights
 from app.errors import Draining, EngineDown, Loading
 
 
@@ -73,8 +73,25 @@ class Engine(Protocol):
     async def start(self) -> None:
         """Begin to load, and return; `state` tells the rest."""
 
+    async def try_start(self) -> None:
+        """Load, and return when ready; after that like an engine that was started.
+
+        Raises:
+            SwapFailed: the weights do not load, or are not what they should be; nothing is left running.
+        """
+
     async def close(self) -> None:
         """End everything that `start` began. Safe to call at any time, more than once."""
+
+    async def load_adapter(self, adapter: Weights) -> None:
+        """Serve a LoRA adapter: calls whose `model` is its name are answered by it. A restart keeps it.
+
+        Raises:
+            AdapterFailed: it does not load, or there is no place for it.
+        """
+
+    async def unload_adapter(self, name: str) -> None:
+        """Serve it no more. Nothing happens where there is none of that name."""
 
     async def answer(self, call: Call) -> Answer:
         """Generate. A refusal is raised here, before there is an event to send."""

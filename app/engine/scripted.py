@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from app import wire
 from app.domain import Answer, Call, Endpoint, Timings, Weights
 from app.engine.base import EngineState, Phase
 from app.engine.schema import refuse_misfits
-from app.errors import AppError, EngineDown, NotFound, UnsupportedEndpoint
+from app.errors import AdapterFailed, AppError, EngineDown, NotFound, UnsupportedEndpoint
 from app.settings import Settings
 
 _WORDS = "the cache remembers what the engine said and says it again without a second thought".split()
@@ -54,12 +54,22 @@ class Script:
 class ScriptedEngine:
     """`calls` are all that were ever asked for; in driven mode the test takes each from `asked`."""
 
-    def __init__(self, settings: Settings, weights: Weights, *, is_driven: bool = False, is_ready: bool = True) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        weights: Weights,
+        *,
+        adapters: Sequence[Weights] = (),
+        is_driven: bool = False,
+        is_ready: bool = True,
+    ) -> None:
         self.state = EngineState()
         self.calls: list[Call] = []
         self.asked: asyncio.Queue[Script] = asyncio.Queue()
         self.running = 0
         self._weights = weights
+        self._adapters = {adapter.name: adapter for adapter in adapters}
+        self._places = settings.adapter_places
         self._is_driven = is_driven
         self._is_ready = is_ready
         self._seconds_per_token = 1 / settings.scripted_tokens_per_s
@@ -68,6 +78,17 @@ class ScriptedEngine:
         self.loop = asyncio.get_running_loop()
         if self._is_ready:
             self.state.become(Phase.READY, "scripted")
+
+    async def try_start(self) -> None:
+        await self.start()
+
+    async def load_adapter(self, adapter: Weights) -> None:
+        if adapter.name not in self._adapters and len(self._adapters) >= self._places:
+            raise AdapterFailed(f"there are {self._places} places for adapters, all taken")
+        self._adapters[adapter.name] = adapter
+
+    async def unload_adapter(self, name: str) -> None:
+        self._adapters.pop(name, None)
 
     async def close(self) -> None:
         self.state.become(Phase.DRAINING, "closing")
@@ -87,7 +108,7 @@ class ScriptedEngine:
         if call.is_streaming:
             return Answer(events=self._streamed(call, words, script, timings), timings=timings)
         said = [word async for word in self._counted(words, script, timings)]
-        name = _Name(wire.new_id(call.endpoint), int(time.time()), self._weights.name)
+        name = _name(call, self._asked(call))
         return Answer(body=_dump(_body(call, said, name)), timings=timings)
 
     async def _streamed(
@@ -95,7 +116,7 @@ class ScriptedEngine:
     ) -> AsyncGenerator[bytes, None]:
         """Chunks as they are said. The events that open and close come from a body, cut up as for a replay."""
         said: list[str] = []
-        name = _Name(wire.new_id(call.endpoint), int(time.time()), self._weights.name)
+        name = _name(call, self._asked(call))
         numbers = itertools.count()
         async with aclosing(self._counted(words, script, timings)) as counted:
             async for word in counted:
@@ -127,11 +148,16 @@ class ScriptedEngine:
             self.running -= 1
 
     async def _at_a_rate(self, call: Call) -> AsyncGenerator[str, None]:
-        seed = hashlib.sha256(json.dumps(call.body, sort_keys=True).encode()).digest()
+        weights = self._asked(call)
+        seed = hashlib.sha256(f"{weights.digest} {json.dumps(call.body, sort_keys=True)}".encode()).digest()
         limit = call.body.get("max_tokens") or call.body.get("max_completion_tokens") or 16
         for index in range(min(int(limit), 512)):
             await asyncio.sleep(self._seconds_per_token)
-            yield _WORDS[seed[index % 32] % len(_WORDS)] + " "
+            yield (_WORDS[seed[index % 32] % len(_WORDS)] if index else weights.digest[:12]) + " "
+
+    def _asked(self, call: Call) -> Weights:
+        """Whose text it is: other weights say other words, and the first of them is their digest."""
+        return self._adapters.get(str(call.body.get("model")), self._weights)
 
     async def tokens(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         refuse_misfits(path, body)
@@ -159,10 +185,15 @@ class _Name(NamedTuple):
     ident: str
     created: int
     model: str
+    mark: str
+
+
+def _name(call: Call, weights: Weights) -> _Name:
+    return _Name(wire.new_id(call.endpoint), int(time.time()), weights.name, weights.mark)
 
 
 def _body(call: Call, said: list[str], name: _Name) -> dict[str, Any]:
-    text, (ident, now, model) = "".join(said), name
+    text, (ident, now, model, mark) = "".join(said), name
     prompt, completion = _prompt_tokens(call), len(said)
     usage = {"prompt_tokens": prompt, "total_tokens": prompt + completion, "completion_tokens": completion}
     in_out = {"input_tokens": prompt, "output_tokens": completion}
@@ -177,6 +208,7 @@ def _body(call: Call, said: list[str], name: _Name) -> dict[str, Any]:
                 "model": model,
                 "choices": [choice],
                 "usage": usage,
+                "system_fingerprint": mark,
             }
         case Endpoint.COMPLETIONS:
             choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": "stop", "stop_reason": None}
@@ -187,6 +219,7 @@ def _body(call: Call, said: list[str], name: _Name) -> dict[str, Any]:
                 "model": model,
                 "choices": [choice],
                 "usage": usage,
+                "system_fingerprint": mark,
             }
         case Endpoint.RESPONSES:
             part: dict[str, Any] = {"type": "output_text", "text": text, "annotations": [], "logprobs": None}

@@ -10,22 +10,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import itertools
 import json
 import logging
 import multiprocessing
 import multiprocessing.forkserver
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from contextvars import ContextVar
 from typing import Any
+
+from prometheus_client import REGISTRY
 
 import app.engine.preload  # noqa: F401 - its first line hushes a warning, here as in the fork server
 from app.domain import Answer, Call, Endpoint, Timings, Weights
 from app.engine import cpu
 from app.engine.base import EngineState, Phase
+from app.engine.measure import measure
 from app.errors import (
+    AdapterFailed,
     AppError,
     BadCall,
     Busy,
@@ -33,10 +38,12 @@ from app.errors import (
     EngineFailed,
     NotFound,
     RateLimited,
+    SwapFailed,
     UnknownModel,
     UnsupportedEndpoint,
 )
 from app.settings import Settings
+from app.weights import Mismatch, fingerprint_of
 
 log = logging.getLogger(__name__)
 
@@ -44,35 +51,60 @@ RESTARTS = 5
 RESTART_BACKOFF_S = 2.0
 DEATH_CHECK_S = 0.25
 SHUTDOWN_S = 5.0
+# A question to a core that has died meanwhile is never answered: each is bounded.
+PROBES_S = 120.0
+ADAPTER_S = 60.0
 
+# Of the process, and never given twice: a core knows an adapter by its number, also one that was unloaded.
+_adapter_ids = itertools.count(1)
 _timings: ContextVar[Timings | None] = ContextVar("timings", default=None)
 
 
 class VllmEngine:
     """One model on one AsyncLLM, whose core is a process of its own, forked from a warm fork server."""
 
-    def __init__(self, settings: Settings, weights: Weights, on_progress: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        weights: Weights,
+        on_progress: Callable[[str], None] | None = None,
+        *,
+        check: Callable[[Weights, dict[str, Any]], None] | None = None,
+        adapters: Sequence[Weights] = (),
+    ) -> None:
+        """`check` gets the fingerprint of each engine that was loaded, and raises Mismatch over a wrong one.
+        `adapters` are loaded with it."""
         self.state = EngineState()
+        self.fingerprint: dict[str, Any] = {}
         self._settings = settings
         self._weights = weights
         self._on_progress = on_progress or (lambda _: None)
+        self._check = check
         self._llm: Any = None
         self._handlers: Any = None
         self._life: asyncio.Task[None] | None = None
+        self._adapters = {adapter.name: adapter for adapter in adapters}
 
     # --- life ---------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        _prepare_environment(self._settings)
-        # Started before anything else: it imports vLLM on the other core while we import it here.
-        multiprocessing.set_forkserver_preload(["app.engine.preload"])
-        os.environ["_REFRAIN_FORKSERVER"] = "1"
-        try:
-            # It dies with the thread that starts it, hence the main one; that takes a few milliseconds.
-            multiprocessing.forkserver.ensure_running()
-        finally:
-            del os.environ["_REFRAIN_FORKSERVER"]
+        _begin(self._settings)
         self._life = asyncio.create_task(self._live(), name="engine-life")
+
+    async def try_start(self) -> None:
+        _begin(self._settings)
+        before = _collectors()
+        try:
+            await self._load()
+        except Exception as error:
+            await self._shut_down()
+            _reinstate(before)
+            log.info("the engine did not start", exc_info=error)
+            raise SwapFailed(f"{self._weights.short} does not load: {_reason(error)}") from error
+        except asyncio.CancelledError:
+            await self._shut_down()
+            raise
+        self._life = asyncio.create_task(self._live(is_loaded=True), name="engine-life")
 
     async def close(self) -> None:
         self.state.become(Phase.DRAINING, "closing")
@@ -80,15 +112,15 @@ class VllmEngine:
             self._life.cancel()
             await asyncio.gather(self._life, return_exceptions=True)
         await self._shut_down()
-        # Without it the fork server would go on until our process ends.
-        await asyncio.to_thread(multiprocessing.forkserver._forkserver._stop)  # type: ignore[attr-defined]
 
-    async def _live(self) -> None:
+    async def _live(self, *, is_loaded: bool = False) -> None:
         """Load; wait for death; load again, at most RESTARTS times with growing pauses."""
         failures = 0
         while True:
             try:
-                await self._load()
+                if not is_loaded:
+                    await self._load()
+                is_loaded = False
                 loaded_at = time.monotonic()
                 await self._death()
                 log.error("the engine died; starting it again")
@@ -96,10 +128,14 @@ class VllmEngine:
                 self.state.become(Phase.LOADING, "restarting after a crash")
                 if time.monotonic() - loaded_at > 60:
                     failures = 0
+            except Mismatch as error:  # another try would measure the same
+                log.error("%s is not served: %s", self._weights.short, error)  # noqa: TRY400
+                await self._shut_down()
+                self.state.become(Phase.FAILED, f"the fingerprint of {self._weights.short} does not match: {error}")
+                return
             except Exception as error:
                 log.error("the engine did not start: %s", error, exc_info=log.isEnabledFor(logging.DEBUG))  # noqa: TRY400
-                reason = str(error).strip().splitlines()
-                self.state.become(Phase.LOADING, f"start failed: {reason[-1] if reason else type(error).__name__}")
+                self.state.become(Phase.LOADING, f"start failed: {_reason(error)}")
             failures += 1
             await self._shut_down()
             if failures > RESTARTS:
@@ -121,12 +157,30 @@ class VllmEngine:
         self._llm = llm
         self._progress("preparing handlers")
         self._handlers = await _host_handlers(llm, args)
+        self._handlers.openai_serving_models.model_name = self._called
+        self._progress("comparing the fingerprint")
+        await self._prove()
+        for adapter in list(self._adapters.values()):
+            await self._add_adapter(adapter)
         gc.unfreeze()  # what a dead predecessor left may go
         gc.collect()
         gc.freeze()
         self.state.become(Phase.READY, f"loaded in {time.monotonic() - began:.1f} s")
         log.info("engine ready: %s in %.1f s", self._weights.short, time.monotonic() - began)
         self._on_progress("ready")
+
+    async def _prove(self) -> None:
+        """Measure what was loaded, and have it compared. A model that generates nothing has no fingerprint."""
+        if getattr(self._handlers, "openai_serving_completion", None) is None:
+            return
+        began = time.monotonic()
+        async with asyncio.timeout(PROBES_S):
+            prompts = await measure(self.answer, self._weights.name)
+        dtype = str(self._llm.model_config.dtype).removeprefix("torch.")
+        self.fingerprint = fingerprint_of(prompts, dtype=dtype, quantization=self._settings.quantization)
+        if self._check is not None:
+            self._check(self._weights, self.fingerprint)
+        log.debug("fingerprint measured in %.2f s", time.monotonic() - began)
 
     def _progress(self, detail: str) -> None:
         self.state.become(Phase.LOADING, detail)
@@ -142,6 +196,46 @@ class VllmEngine:
         if llm is not None:
             await asyncio.to_thread(llm.shutdown, SHUTDOWN_S)
 
+    # --- adapters -----------------------------------------------------------------------------
+
+    async def load_adapter(self, adapter: Weights) -> None:
+        if adapter.name not in self._adapters and len(self._adapters) >= self._settings.adapter_places:
+            raise AdapterFailed(
+                f"there are {self._settings.adapter_places} places for adapters (REFRAIN_MAX_ADAPTERS), all taken"
+            )
+        await self._add_adapter(adapter)
+        self._adapters[adapter.name] = adapter
+
+    async def unload_adapter(self, name: str) -> None:
+        self._adapters.pop(name, None)
+        request = self._ready_handlers().openai_serving_models.lora_requests.pop(name, None)
+        if request is not None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._llm.remove_lora(request.lora_int_id), ADAPTER_S)
+
+    async def _add_adapter(self, adapter: Weights) -> None:
+        """vLLM tells prefixes apart by an adapter's name and path, and a core tells adapters apart by their number:
+        the digest is in the first two, and the number is new, so another adapter of that name shares nothing."""
+        from vllm.lora.request import LoRARequest
+
+        known = self._ready_handlers().openai_serving_models.lora_requests
+        name, number = f"{adapter.name}@{adapter.digest}", next(_adapter_ids)
+        request = LoRARequest(lora_name=name, lora_int_id=number, lora_path=adapter.path)
+        try:
+            await asyncio.wait_for(self._llm.add_lora(request), ADAPTER_S)
+        except Exception as error:
+            raise AdapterFailed(f"{adapter.short} does not load: {_reason(error)}") from error
+        before, known[adapter.name] = known.get(adapter.name), request
+        if before is not None:
+            await asyncio.wait_for(self._llm.remove_lora(before.lora_int_id), ADAPTER_S)
+
+    def _called(self, lora_request: Any = None) -> str:
+        """What vLLM's handlers call the model in an answer: the name that was asked for."""
+        return str(lora_request.lora_name).rpartition("@")[0] if lora_request is not None else self._weights.name
+
+    def _mark(self, call: Call) -> str:
+        return self._adapters.get(str(call.body.get("model")), self._weights).mark
+
     # --- answers ------------------------------------------------------------------------------
 
     async def answer(self, call: Call) -> Answer:
@@ -151,7 +245,8 @@ class VllmEngine:
         try:
             with _translated():
                 produced = await _DISPATCH[call.endpoint](handlers, dict(call.body))
-            return await _as_answer(produced, timings, by_alias=call.endpoint is Endpoint.RESPONSES)
+            mark = self._mark(call) if call.endpoint in _MARKED else None
+            return await _as_answer(produced, timings, by_alias=call.endpoint is Endpoint.RESPONSES, mark=mark)
         finally:
             _timings.reset(token)
 
@@ -250,6 +345,7 @@ _DISPATCH = {
     Endpoint.MESSAGES: _message,
     Endpoint.EMBEDDINGS: _embedding,
 }
+_MARKED = (Endpoint.CHAT, Endpoint.COMPLETIONS)  # they have a `system_fingerprint`
 _TOKENS = {"/tokenize": _tokenize, "/detokenize": _detokenize, "/v1/messages/count_tokens": _count_tokens}
 
 
@@ -263,22 +359,24 @@ def _having(handlers: Any, name: str, what: str) -> Any:
 # --- from what vLLM gives to an Answer -----------------------------------------------------------
 
 
-async def _as_answer(produced: Any, timings: Timings, *, by_alias: bool) -> Answer:
+async def _as_answer(produced: Any, timings: Timings, *, by_alias: bool, mark: str | None = None) -> Answer:
     """A model, an error, a ready HTTP response or a stream: one of the two wire forms, or a raised AppError."""
     _refuse_error_response(produced)
     if hasattr(produced, "__aiter__"):
-        return Answer(events=await _opened(produced), timings=timings)
+        return Answer(events=await _opened(produced, mark), timings=timings)
     if hasattr(produced, "body"):  # pooling handlers give a starlette Response
         return Answer(body=bytes(produced.body), timings=timings)
     # As vLLM's own routes do: Anthropic's bodies leave out what is absent, OpenAI's say null.
     is_message = type(produced).__name__.startswith("Anthropic")
     content = produced.model_dump(mode="json", by_alias=by_alias, exclude_none=is_message)
+    if mark is not None:
+        content["system_fingerprint"] = mark
     return Answer(body=json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode(), timings=timings)
 
 
-async def _opened(stream: AsyncGenerator[Any, None]) -> AsyncIterator[bytes]:
+async def _opened(stream: AsyncGenerator[Any, None], mark: str | None) -> AsyncIterator[bytes]:
     """The stream as bytes, started: a refusal or an early death is raised here and not sent as an event."""
-    events = _as_bytes(stream)
+    events = _as_bytes(stream, mark)
     try:
         with _translated():
             first = await anext(events)
@@ -298,7 +396,12 @@ async def _rest(first: bytes, events: AsyncGenerator[bytes, None]) -> AsyncGener
                 yield event
 
 
-async def _as_bytes(stream: AsyncGenerator[Any, None]) -> AsyncGenerator[bytes, None]:
+# vLLM would write a fingerprint into the last chunk alone, if no usage event follows; it is told to write none.
+_CHUNK_BEGINS = b'data: {"id"'
+
+
+async def _as_bytes(stream: AsyncGenerator[Any, None], mark: str | None) -> AsyncGenerator[bytes, None]:
+    marked = b'data: {"system_fingerprint":"%s",' % mark.encode() if mark else b""
     async with aclosing(stream):
         async for event in stream:
             if isinstance(event, str):
@@ -306,6 +409,8 @@ async def _as_bytes(stream: AsyncGenerator[Any, None]) -> AsyncGenerator[bytes, 
             else:  # Responses give event objects
                 content = f"event: {event.type}\ndata: {event.model_dump_json(indent=None, by_alias=True)}\n\n".encode()
             _refuse_error_event(content)
+            if marked and content.startswith(_CHUNK_BEGINS):
+                content = marked + content[len(_CHUNK_BEGINS) - 4 :]
             yield content
 
 
@@ -398,6 +503,42 @@ def _app_error(message: str, status: Any, param: str | None) -> AppError:
 # --- building ------------------------------------------------------------------------------------
 
 
+def _begin(settings: Settings) -> None:
+    """The environment, and the fork server, once per process: it imports vLLM on the other core while we do here."""
+    _prepare_environment(settings)
+    multiprocessing.set_forkserver_preload(["app.engine.preload"])
+    os.environ["_REFRAIN_FORKSERVER"] = "1"
+    try:
+        # It dies with the thread that starts it, hence the main one; that takes a few milliseconds.
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        del os.environ["_REFRAIN_FORKSERVER"]
+
+
+async def end_fork_server() -> None:
+    """Every core ends with it. Without this it would go on until our process ends."""
+    await asyncio.to_thread(multiprocessing.forkserver._forkserver._stop)  # type: ignore[attr-defined]
+
+
+def _collectors() -> list[Any]:
+    """vLLM's metrics, as they are registered now; each AsyncLLM throws out those of the one before."""
+    return [each for each in REGISTRY._collector_to_names if str(getattr(each, "_name", "")).startswith("vllm:")]
+
+
+def _reinstate(collectors: list[Any]) -> None:
+    """The metrics of an engine that goes on, after the one that should have followed it failed."""
+    for each in _collectors():
+        REGISTRY.unregister(each)
+    for each in collectors:
+        REGISTRY.register(each)
+
+
+def _reason(error: BaseException) -> str:
+    """One line: the last of the message."""
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
+
+
 def _prepare_environment(settings: Settings) -> None:
     defaults = {
         "VLLM_NO_USAGE_STATS": "1",
@@ -433,7 +574,11 @@ def arguments(settings: Settings, weights: Weights) -> list[str]:
         "reasoning_parser": settings.reasoning_parser,
         "chat_template": settings.chat_template,
         "use_tqdm_on_load": False,
+        "fingerprint_mode": "none",
     }
+    if places := settings.adapter_places:
+        # One more than there are: on a CPU vLLM gives calls without an adapter the last place, which must stay empty.
+        options |= {"enable_lora": True, "max_loras": places + 1, "max_lora_rank": settings.max_adapter_rank}
     if settings.tool_call_parser:
         options |= {"enable_auto_tool_choice": True, "tool_call_parser": settings.tool_call_parser}
     if cpu.is_cpu():

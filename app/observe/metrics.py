@@ -29,6 +29,12 @@ near_on = Gauge("refrain_near_on", "1 while Redis tells of changes, so that reco
 redis_up = Gauge("refrain_redis_up", "1 while Redis answers in time, else 0.")
 engine_ready = Gauge("refrain_engine_ready", "1 while the engine takes calls, else 0.")
 engine_restarts = Gauge("refrain_engine_restarts", "Times the engine died and was started again.")
+weights_served = Gauge("refrain_weights_served", "1 for each set of weights that is served now.", ["name", "digest"])
+swaps = Counter("refrain_swaps_total", "Swaps of the served weights, by how and how they ended.", ["way", "outcome"])
+swap_failed = Gauge("refrain_swap_failed", "1 while other weights than those served are wanted and do not serve.")
+swap_seconds = Histogram(
+    "refrain_swap_seconds", "From the wish for other weights to the first call that they take.", buckets=_SECONDS
+)
 in_flight = Gauge("refrain_generations_in_flight", "Generations that are running or queued for this server's clients.")
 left = Counter("refrain_clients_left_total", "Clients that went away before their answer was complete.")
 duration = Histogram("refrain_call_seconds", "From request to last byte.", ["cache"], buckets=_SECONDS)

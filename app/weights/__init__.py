@@ -1,27 +1,42 @@
 """Weights: which exist, which are current, how they are named by their content, and where they come from."""
 
 from app.weights.digest import DigestMemo, FileDigest, digest_files, files_that_matter, weights_digest
+from app.weights.fingerprint import PROBES, Mismatch, Probe, compare, fingerprint_of, is_comparable
+from app.weights.in_use import InUse
 from app.weights.manifest import BrokenWeights, Manifest, UnknownWeights
+from app.weights.publish import publish_folder, run_trial
 from app.weights.pull import DEFAULT_MODEL, pull_default
 from app.weights.registry import Moved, Problem, Registry, Row
-from app.weights.resolve import require_weights, resolve, sampling_defaults
+from app.weights.resolve import require_weights, resolve, resolve_adapter, sampling_defaults
+from app.weights.witness import Witness
 
 __all__ = [
     "DEFAULT_MODEL",
+    "PROBES",
     "BrokenWeights",
     "DigestMemo",
     "FileDigest",
+    "InUse",
     "Manifest",
+    "Mismatch",
     "Moved",
+    "Probe",
     "Problem",
     "Registry",
     "Row",
     "UnknownWeights",
+    "Witness",
+    "compare",
     "digest_files",
     "files_that_matter",
+    "fingerprint_of",
+    "is_comparable",
+    "publish_folder",
     "pull_default",
     "require_weights",
     "resolve",
+    "resolve_adapter",
+    "run_trial",
     "sampling_defaults",
     "weights_digest",
 ]

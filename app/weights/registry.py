@@ -11,11 +11,11 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -106,6 +106,10 @@ class Registry:
         moved = self._pointer(name)
         return moved.digest if moved else None
 
+    def pointer(self, name: str) -> Path:
+        """The file that is replaced when `current` moves: to be watched, not to be read."""
+        return self._home(name) / "current.json"
+
     def history(self, name: str) -> tuple[Moved, ...]:
         """Every move of the pointer, oldest first; lines torn by a crash are left out."""
         try:
@@ -181,6 +185,8 @@ class Registry:
         base: str | None = None,
         metrics: Mapping[str, float] | None = None,
         settings: Mapping[str, Any] | None = None,
+        kind: Literal["model", "adapter"] = "model",
+        fingerprint: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
     ) -> Manifest:
         """Make `staged` the weights `name@<digest>`, on the disk when this returns; `current` is not moved.
@@ -196,6 +202,8 @@ class Registry:
         files = digest_files(staged, progress=progress)
         if not any(file.endswith(".safetensors") for file in files):
             raise BrokenWeights(f"{staged} holds no *.safetensors: there are no weights to publish")
+        if kind == "adapter" and not base:
+            raise BrokenWeights(f"{staged} is an adapter, and nothing says of which weights")
         manifest = Manifest(
             schema=manifests.SCHEMA,
             name=name,
@@ -207,6 +215,8 @@ class Registry:
             base=base,
             metrics=dict(metrics or {}),
             settings=dict(settings or {}),
+            kind=kind,
+            fingerprint=dict(fingerprint or {}),
         )
         # 2. Everything on the disk, and the manifest last.
         (staged / MANIFEST).unlink(missing_ok=True)
@@ -230,19 +240,47 @@ class Registry:
         The pointer is moved first and the history written after it. A crash between the two leaves a history that
         lacks the last move; the pointer holds it whole, so the next `point` writes it down first.
         """
-        home = self._home(name)
-        if not self.path(name, digest).is_dir():
-            raise UnknownWeights(f"no weights {name}@{digest[:12]} in {self.root}")
-        self.check(self._read(name, digest))
+        with self._locked(self._existing(name)):
+            self._move(name, digest, why)
+
+    def rollback(self, name: str, to: str | None = None) -> Moved:
+        """Point `current` at what was current before, or at `to` (a digest); returns the move.
+
+        A rollback takes back the last publication that is still in force: A, B, C were published, and rolling back
+        twice gives B, then A. What was published after a rollback is taken back to where the rollback had led. To go
+        forward again, name the digest. Raises `UnknownWeights` where there is nothing before.
+        """
+        with self._locked(self._existing(name)):
+            before = self._pointer_or_repair(name)
+            moves = self.history(name)
+            if before and moves[-1:] != (before,):
+                moves = (*moves, before)
+            there = self._digests(name)
+            target = to or next((digest for digest in reversed(_in_force(moves)[:-1]) if digest in there), None)
+            if target is None:
+                raise UnknownWeights(f"nothing was current before in {name!r}: name what to go to, with --to")
+            return self._move(name, target, "rollback")
+
+    def unused(self, name: str, keep: int, in_use: Set[str], *, younger_than_s: float = 3600) -> tuple[Row, ...]:
+        """What may be removed: neither current, nor one of the last `keep` that were, nor in use (digests; the bases of
+        kept adapters count), nor so young that its publisher may be about to make it current."""
+        recent: dict[str, None] = dict.fromkeys(move.digest for move in reversed(self.history(name)))
+        kept = {self._pointer_or_none(name), *list(recent)[:keep], *in_use}
+        rows = self.list()
+        kept |= {self._read(row.name, row.digest).base for row in rows if row.name != name or row.digest in kept}
+        young = time.time() - younger_than_s
+        return tuple(row for row in rows if row.name == name and row.digest not in kept and row.created <= young)
+
+    def remove(self, name: str, digest: str) -> None:
+        """Take weights out of the registry: gone from every list at once, from the disk a moment later."""
+        home = self._existing(name)
         with self._locked(home):
-            before, history = self._pointer_or_repair(name), self.history(name)
-            if before and history[-1:] != (before,):
-                append_line(home / "history.jsonl", msgspec.json.encode(before))
-            if before and before.digest == digest:
-                return
-            moved = Moved(digest, int(time.time()), why)
-            write_whole(home / "current.json", msgspec.json.encode(moved))
-            append_line(home / "history.jsonl", msgspec.json.encode(moved))
+            if self._pointer_or_none(name) == digest:
+                raise BrokenWeights(f"{name}@{digest[:12]} is current and stays")
+            gone = home / f"{_STAGED}{secrets.token_hex(8)}"
+            self.path(name, digest).rename(gone)
+            sync(home)
+        shutil.rmtree(gone, ignore_errors=True)
 
     # --- below
 
@@ -252,6 +290,27 @@ class Registry:
                 f"{name!r} cannot be a name: up to 96 letters, digits and . _ -, a letter or digit first"
             )
         return self.root / name
+
+    def _existing(self, name: str) -> Path:
+        if not self._digests(name):
+            raise UnknownWeights(f"no weights called {name!r} in {self.root}")
+        return self._home(name)
+
+    def _move(self, name: str, digest: str, why: str) -> Moved:
+        """Move the pointer, under the lock; nothing is written where it stands there already."""
+        home = self._home(name)
+        if not self.path(name, digest).is_dir():
+            raise UnknownWeights(f"no weights {name}@{digest[:12]} in {self.root}")
+        self.check(self._read(name, digest))
+        before, history = self._pointer_or_repair(name), self.history(name)
+        if before and history[-1:] != (before,):
+            append_line(home / "history.jsonl", msgspec.json.encode(before))
+        if before and before.digest == digest:
+            return before
+        moved = Moved(digest, int(time.time()), why)
+        write_whole(self.pointer(name), msgspec.json.encode(moved))
+        append_line(home / "history.jsonl", msgspec.json.encode(moved))
+        return moved
 
     def _read(self, name: str, digest: str) -> Manifest:
         folder = self.path(name, digest)
@@ -276,7 +335,7 @@ class Registry:
         return current
 
     def _pointer(self, name: str) -> Moved | None:
-        path = self._home(name) / "current.json"
+        path = self.pointer(name)
         try:
             content = path.read_bytes()
         except FileNotFoundError:
@@ -342,6 +401,17 @@ def _differences(
         elif (hash_up_to is None or size <= hash_up_to) and digest_file(folder / name, progress) != expected:
             problems.append(Problem(name, "holds other content than was published"))
     return problems
+
+
+def _in_force(moves: Sequence[Moved]) -> list[str]:
+    """The publications that no rollback has taken back, oldest first; the last is what the moves end at."""
+    stack: list[str] = []
+    for move in moves:
+        if move.why == "rollback" and move.digest in stack:
+            del stack[len(stack) - stack[::-1].index(move.digest) :]
+        elif stack[-1:] != [move.digest]:
+            stack.append(move.digest)
+    return stack
 
 
 def _moved(line: bytes) -> Moved | None:

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,13 @@ def _resolve(
     if not _is_path(model) and registry.knows(model.partition("@")[0]):
         manifest = registry.find(model)
         folder = registry.check(manifest)
-        name, digest, created = manifest.name, manifest.digest, manifest.created
+        if manifest.kind == "adapter":
+            raise StartRefused(f"{manifest.short} is a LoRA adapter: serve its base, and name it in REFRAIN_ADAPTERS")
+        name, digest, created, said = manifest.name, manifest.digest, manifest.created, manifest.fingerprint
     else:
         folder, name = _folder_of(model, registry, report)
         require_weights(folder)
-        digest, created = _digest(folder, memo, report), int((folder / "config.json").stat().st_mtime)
+        digest, created, said = _digest(folder, memo, report), int((folder / "config.json").stat().st_mtime), {}
     return Weights(
         name=name,
         path=str(folder),
@@ -69,6 +72,29 @@ def _resolve(
         sampling_defaults=sampling_defaults(folder, engine_settings),
         created=created,
         max_model_len=max_model_len(folder),
+        fingerprint=said,
+    )
+
+
+def resolve_adapter(name: str, registry: Registry, base: Weights) -> Weights:
+    """The published adapter called `name` (or `name@digest`), as a model of its own beside its base.
+
+    Raises `StartRefused`: there is none, it is no adapter, or one of other weights than `base`.
+    """
+    manifest = registry.find(name)
+    if manifest.kind != "adapter":
+        raise StartRefused(f"{manifest.short} is no LoRA adapter but a model of its own")
+    if manifest.base != base.digest:
+        raise StartRefused(f"{manifest.short} is an adapter of {str(manifest.base)[:12]}, and {base.short} is served")
+    return replace(
+        base,
+        name=manifest.name,
+        path=str(registry.check(manifest)),
+        digest=manifest.digest,
+        settings_digest=canonical_sha256({"settings": base.settings_digest, "base": base.digest}),
+        created=manifest.created,
+        fingerprint=manifest.fingerprint,
+        base=base.digest,
     )
 
 

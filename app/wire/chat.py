@@ -42,7 +42,7 @@ def fold(events: Sequence[bytes]) -> Json:
 
 
 def unfold(body: Json) -> list[bytes]:
-    head = chunks.head(body, _CHUNK)
+    head = chunks.head(body, _CHUNK) | chunks.present(body, ("system_fingerprint",))
     opening = [head | {"choices": [_opening(choice)]} | _first_fields(body) for choice in body["choices"]]
     opening[0] |= chunks.present(body, _BODY_ONLY)
     parts = chunks.in_turn([_parts(choice) for choice in body["choices"]])

@@ -33,7 +33,7 @@ def fold(events: Sequence[bytes]) -> Json:
 
 
 def unfold(body: Json) -> list[bytes]:
-    head = chunks.head(body, _KIND)
+    head = chunks.head(body, _KIND) | chunks.present(body, ("system_fingerprint",))
     parts = chunks.in_turn([_parts(choice) for choice in body["choices"]])
     stream = [head | {"choices": [part]} for part in parts]
     stream[0] |= chunks.present(body, chunks.BODY_ONLY)

@@ -1,0 +1,141 @@
+"""A trial: weights loaded in the real engine, as the server would load them, before anybody is served by them.
+
+`python -m app.engine.trial WEIGHTS_DIR [--adapter DIR] --out FILE.json [--ask QUESTIONS.json]`
+
+A process of its own: it comes and goes with its engine, and what breaks in it breaks nothing else. It measures the
+fingerprint that a manifest keeps, answers the questions greedily through the chat template, and writes both as JSON.
+QUESTIONS.json is a list of `{"messages": [...], "max_tokens": 128, "tools": [...], "id": ...}`. Exit code 1
+and one line on standard error where the weights do not load, compute nonsense, or answer nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from app import main as wiring
+from app.domain import Answer, Call, Caller, Endpoint, Weights
+from app.engine.base import Engine
+from app.engine.measure import measure
+from app.errors import AppError, StartRefused
+from app.lifeline import die_with_parent
+from app.settings import Settings, load
+from app.weights import Mismatch, digest_files, fingerprint_of, weights_digest
+
+MAX_TOKENS = 128
+_NOBODY = Caller(tenant="refrain")
+
+
+class Question(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One conversation to be continued; `id` comes back in the answer."""
+
+    messages: list[dict[str, Any]]
+    max_tokens: int = MAX_TOKENS
+    tools: list[dict[str, Any]] | None = None
+    id: str | int | None = None
+
+
+# What is asked where no questions are given: any answer will do, but there must be one.
+_ANYTHING = [Question([{"role": "user", "content": "Hello!"}], 8)]
+
+
+async def trial(settings: Settings, adapter: Path | None, questions: list[Question]) -> dict[str, Any]:
+    """Load, measure, ask.
+
+    Raises:
+        StartRefused, AppError, Mismatch: the weights cannot be served, with the reason.
+    """
+    began = time.monotonic()
+    weights = wiring.find_weights(settings, _say)
+    engine = wiring.make_engine(settings, weights, is_trial=True)
+    await engine.try_start()
+    try:
+        loaded_s = time.monotonic() - began
+        asked = weights if adapter is None else await _with_adapter(engine, weights, adapter)
+        measured = getattr(engine, "fingerprint", {})
+        if adapter is not None:
+            prompts = await measure(engine.answer, asked.name)
+            measured = fingerprint_of(prompts, dtype=measured["dtype"], quantization=settings.quantization)
+        answers = [await _answer(engine, asked.name, question) for question in questions or _ANYTHING]
+    finally:
+        await engine.close()
+        await wiring.end_engines(settings)
+    if not any(answer["text"].strip() for answer in answers):
+        raise StartRefused(f"{asked.short} loads, and answers nothing")
+    return {
+        "fingerprint": measured,
+        "answers": answers if questions else [],
+        "loaded_s": round(loaded_s, 2),
+        "seconds": round(time.monotonic() - began, 2),
+    }
+
+
+async def _with_adapter(engine: Engine, base: Weights, adapter: Path) -> Weights:
+    if not (adapter / "adapter_config.json").is_file():
+        raise StartRefused(f"{adapter} holds no adapter_config.json: it is no LoRA adapter")
+    files = await asyncio.to_thread(digest_files, adapter)
+    weights = replace(base, name="adapter", path=str(adapter), digest=weights_digest(files), base=base.digest)
+    await engine.load_adapter(weights)
+    return weights
+
+
+async def _answer(engine: Engine, model: str, question: Question) -> dict[str, Any]:
+    body = {"model": model, "temperature": 0, "messages": question.messages, "max_tokens": question.max_tokens}
+    if question.tools:
+        body["tools"] = question.tools
+    answer: Answer = await engine.answer(Call(Endpoint.CHAT, body, _NOBODY, "trial"))
+    told = json.loads(answer.body or b"{}")
+    choice, usage = told["choices"][0], told["usage"]
+    return {
+        "id": question.id,
+        "text": choice["message"].get("content") or "",
+        "finish_reason": choice["finish_reason"],
+        "prompt_tokens": usage["prompt_tokens"],
+        "completion_tokens": usage["completion_tokens"],
+    }
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+
+
+def _questions(path: Path | None) -> list[Question]:
+    if path is None:
+        return []
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=list[Question])
+    except (OSError, ValueError) as error:  # msgspec's errors are ValueErrors
+        raise StartRefused(f"{path} is no list of questions: {error}") from error
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m app.engine.trial", description=__doc__.split("\n")[0])
+    parser.add_argument("weights", type=Path, help="a folder of Hugging Face weights")
+    parser.add_argument("--adapter", type=Path, help="a folder of a LoRA adapter of them")
+    parser.add_argument("--ask", type=Path, help="questions, as JSON")
+    parser.add_argument("--out", type=Path, required=True, help="where the result goes, as JSON")
+    given = parser.parse_args()
+    die_with_parent(signal.SIGKILL)
+    try:
+        places = {"max_adapters": 1} if given.adapter else {}
+        settings = load(model=str(given.weights.resolve()), engine="vllm", **places)
+        questions = _questions(given.ask)
+        result = asyncio.run(trial(settings, given.adapter and given.adapter.resolve(), questions))
+        given.out.write_text(json.dumps(result, ensure_ascii=False), encoding="utf-8")
+    except (AppError, StartRefused, Mismatch, OSError) as error:
+        message = error.message if isinstance(error, AppError) else str(error)
+        _say(f"trial: {message}".splitlines()[0])
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
