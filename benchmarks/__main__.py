@@ -1,4 +1,4 @@
-"""`python -m benchmarks [hits|misses|start|swap|all] [--quick] [--rounds N] [--save]`: LOG.md has what was found."""
+"""`python -m benchmarks NAME [--quick] [--rounds N] [--save]`, or `all` of them: LOG.md has what was found."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 
 from benchmarks.servers import prepare_process
 
-BENCHMARKS = ("hits", "misses", "start", "swap")
+BENCHMARKS = ("hits", "misses", "start", "swap", "zipf")
 
 
 def main() -> None:

@@ -71,8 +71,8 @@ def _one_server(
     with ExitStack() as stack:
         logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rb-")))
         step(f"{title}: starting")
-        server = stack.enter_context(_server(name, model, logs, stack))
-        ready_s = server.wait_ok("/readyz" if name == REFRAIN else "/health", 600, 0.1)
+        server = start(name, model, logs, stack)
+        ready_s = time.monotonic() - server.began
         warm_up(server.url, model.name)
         for concurrency in CONCURRENCIES:
             found = bench(server, model, concurrency, prompts[concurrency], seed + concurrency, logs)
@@ -81,6 +81,13 @@ def _one_server(
             step(f"{title}: concurrency {concurrency}: {told}")
         if name == REFRAIN:
             assert hits(server.url) == 0, "some calls were answered from the cache: prompts were not distinct"
+
+
+def start(name: str, model: Weights, logs: Path, stack: ExitStack) -> servers.Server:
+    """The server called `name`, ready; it is stopped with the stack."""
+    server = stack.enter_context(_server(name, model, logs, stack))
+    server.wait_ok("/readyz" if name == REFRAIN else "/health", 600, 0.1)
+    return server
 
 
 def _server(name: str, model: Weights, logs: Path, stack: ExitStack) -> AbstractContextManager[servers.Server]:
