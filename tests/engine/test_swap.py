@@ -147,6 +147,23 @@ def test_a_publication_carries_what_the_trial_measured(house: House) -> None:
     assert house.first.fingerprint != house.second.fingerprint
 
 
+def test_weights_that_do_not_load_are_not_published(house: House, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(house.registry.path(TINY, house.first.digest), broken)
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
+    before = house.registry.list()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        done = refrain(house.home, "models", "publish", str(broken), "--name", TINY)
+    assert done.returncode == 1
+    assert "refrain: the trial failed: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert house.registry.list() == before
+    assert house.registry.current(TINY) == house.first.digest
+
+
 def test_swaps_under_load_lose_no_call_and_mix_no_text(house: House) -> None:
     """Four streams all the time, three swaps: each text is what its stated weights say alone, the cache's too."""
     questions = [f"question number {number}" for number in range(4)]
