@@ -29,7 +29,7 @@ from app.engine.measure import measure
 from app.errors import AppError, Refused, StartRefused
 from app.lifeline import die_with_parent
 from app.settings import Settings, load
-from app.weights import Mismatch, digest_files, fingerprint_of, weights_digest
+from app.weights import Mismatch, check_shapes, digest_files, fingerprint_of, weights_digest
 
 MAX_TOKENS = 128
 _NOBODY = Caller(tenant="refrain")
@@ -55,6 +55,7 @@ async def trial(settings: Settings, adapter: Path | None, questions: list[Questi
     engine = wiring.make_engine(settings, weights, is_trial=True)
     await engine.try_start()
     try:
+        check_shapes(Path(weights.path))
         loaded_s = time.monotonic() - began
         asked = weights if adapter is None else await _with_adapter(engine, weights, adapter)
         measured = getattr(engine, "fingerprint", {})

@@ -147,11 +147,21 @@ def test_a_publication_carries_what_the_trial_measured(house: House) -> None:
     assert house.first.fingerprint != house.second.fingerprint
 
 
-def test_weights_that_do_not_load_are_not_published(house: House, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"num_hidden_layers": 3}, "does not load"),
+        # vLLM loads this: it cuts the tensors to size.
+        ({"intermediate_size": 64}, "has the shape (256, 128), and config.json means (64, 128)"),
+    ],
+)
+def test_weights_that_are_not_what_their_config_says_are_not_published(
+    house: House, tmp_path: Path, change: dict[str, int], part: str
+) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(house.registry.path(TINY, house.first.digest), broken)
     config = json.loads((broken / "config.json").read_text())
-    (broken / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
+    (broken / "config.json").write_text(json.dumps(config | change))
     before = house.registry.list()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
@@ -159,6 +169,7 @@ def test_weights_that_do_not_load_are_not_published(house: House, tmp_path: Path
         done = refrain(house.home, "models", "publish", str(broken), "--name", TINY)
     assert done.returncode == 1
     assert "refrain: the trial failed: " in done.stderr
+    assert part in done.stderr
     assert "Traceback" not in done.stderr
     assert house.registry.list() == before
     assert house.registry.current(TINY) == house.first.digest
