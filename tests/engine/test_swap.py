@@ -152,7 +152,7 @@ def test_a_publication_carries_what_the_trial_measured(house: House) -> None:
     [
         ({"num_hidden_layers": 3}, "does not load"),
         # vLLM loads this: it cuts the tensors to size.
-        ({"intermediate_size": 64}, "has the shape (256, 128), and config.json means (64, 128)"),
+        ({"intermediate_size": 64}, "has the shape (128, 256), and config.json means (128, 64)"),
     ],
 )
 def test_weights_that_are_not_what_their_config_says_are_not_published(
