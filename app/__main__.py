@@ -32,7 +32,8 @@ cli.add_typer(cache, name="cache")
 cli.add_typer(keys, name="keys")
 
 # Results go to standard output; what is said on the way goes to standard error.
-out = Console()
+# Without a terminal nothing is cut to its width: scripts and files get every row whole.
+out = Console(width=None if sys.stdout.isatty() else 240)
 err = Console(stderr=True, highlight=False)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

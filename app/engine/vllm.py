@@ -180,7 +180,7 @@ class VllmEngine:
         self.fingerprint = fingerprint_of(prompts, dtype=dtype, quantization=self._settings.quantization)
         if self._check is not None:
             self._check(self._weights, self.fingerprint)
-        log.debug("fingerprint measured in %.2f s", time.monotonic() - began)
+        log.info("engine: fingerprint measured in %.2f s", time.monotonic() - began)
 
     def _progress(self, detail: str) -> None:
         self.state.become(Phase.LOADING, detail)

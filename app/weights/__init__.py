@@ -8,6 +8,7 @@ from app.weights.publish import publish_folder, run_trial
 from app.weights.pull import DEFAULT_MODEL, pull_default
 from app.weights.registry import Moved, Problem, Registry, Row
 from app.weights.resolve import require_weights, resolve, resolve_adapter, sampling_defaults
+from app.weights.shapes import check_shapes
 from app.weights.witness import Witness
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Row",
     "UnknownWeights",
     "Witness",
+    "check_shapes",
     "compare",
     "digest_files",
     "files_that_matter",

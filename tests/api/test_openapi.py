@@ -40,6 +40,10 @@ ROUTES = {
     "get /metrics",
     "get /admin/cache",
     "post /admin/cache/purge",
+    "get /admin/models",
+    "post /admin/models/reload",
+    "post /admin/models/adapters",
+    "delete /admin/models/adapters/{name}",
 }
 
 
@@ -73,7 +77,7 @@ def test_every_schema_is_one() -> None:
 def test_every_operation_says_what_it_takes_and_gives(path: str, method: str, operation: dict[str, Any]) -> None:
     assert operation["summary"]
     assert operation["tags"][0] in {tag["name"] for tag in DOCUMENT["tags"]}
-    assert ("requestBody" in operation) == (method == "post" and not path.endswith("cancel"))
+    assert ("requestBody" in operation) == (method == "post" and not path.endswith(("cancel", "reload")))
     responses = {status: resolved(response) for status, response in operation["responses"].items()}
     assert "200" in responses
     for status, response in responses.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -36,6 +37,13 @@ class Unloadable(ScriptedEngine):
 
     async def try_start(self) -> None:
         raise SwapFailed(f"{self._weights.short} does not load: probes are 1.0 apart")
+
+
+class Endless(ScriptedEngine):
+    """An engine that loads and loads."""
+
+    async def try_start(self) -> None:
+        await asyncio.Event().wait()
 
 
 @dataclass
@@ -241,6 +249,37 @@ def test_weights_that_are_damaged_are_never_started(house: Build) -> None:
     assert (refused.status_code, refused.json()["error"]["code"]) == (409, "swap_failed")
     assert "damaged" in refused.json()["error"]["message"]
     assert there.engines == []
+    there.ask()
+
+
+@pytest.mark.parametrize("way", ["beside", "pause"])
+def test_a_server_that_stops_in_the_middle_of_a_swap_stops(house: Build, way: str) -> None:
+    there = house(engine=Endless, swap=way)
+    there.point(publish(there.registry, BOT, 2))
+    with ThreadPoolExecutor(2) as pool:
+
+        def post(path: str, **body: Any) -> httpx.Response:
+            with there.client() as client:
+                return client.post(path, **body)
+
+        asking = [pool.submit(post, "/admin/models/reload")]
+        until(lambda: there.engines)
+        if way == "pause":
+            asking.append(pool.submit(post, CHAT, json=chat("meanwhile", model=BOT)))
+            time.sleep(0.2)  # for the call to arrive and wait: nothing outside shows that it does
+        there.running.stop()
+        told = [each.result() for each in asking]
+    assert [(each.status_code, each.json()["error"]["code"]) for each in told] == [(503, "draining")] * len(told)
+    assert there.running.engine.state.phase == "draining"
+
+
+def test_a_swap_goes_on_when_who_asked_for_it_leaves(house: Build) -> None:
+    there = house(engine=Endless)
+    there.point(publish(there.registry, BOT, 2))
+    with there.client() as client, pytest.raises(httpx.ReadTimeout):
+        client.post("/admin/models/reload", timeout=0.5)
+    with there.client() as client:
+        assert client.get("/admin/models").json()["swap"]["status"] == "running"
     there.ask()
 
 
