@@ -38,9 +38,10 @@ _LABELS = {
 
 
 class CacheStatus(StrEnum):
-    """What `x-cache` says: answered from a recording, generated, or kept apart from the cache."""
+    """What `x-cache` says: answered from a recording, with another call's generation, generated, or kept apart."""
 
     HIT = "hit"
+    SHARED = "shared"
     MISS = "miss"
     BYPASS = "bypass"
 
@@ -115,6 +116,7 @@ class Reply:
     weights: str
     key: str | None = None
     age_s: int | None = None
+    stream_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from app.cache.store import Store
 from app.domain import Weights
 from app.engine import Engine, Phase, cpu
 from app.errors import StartRefused
+from app.flight.flights import Flights
 from app.gate.keys import Gate, KeyFile
 from app.observe.access import AccessLog
 from app.service import Service
@@ -58,8 +59,11 @@ def create_app(
     """
     gate = open_gate(settings)
     redis = EmbeddedRedis(settings) if settings.redis_url is None else None
-    link = Link(settings, settings.redis_url.get_secret_value() if settings.redis_url else redis.url)  # type: ignore[union-attr]
-    service = Service(settings, weights, engine or _engine(settings, weights, on_progress), Store(settings, link))
+    url = settings.redis_url.get_secret_value() if settings.redis_url else redis.url  # type: ignore[union-attr]
+    link = Link(settings, url)
+    flights = Flights(settings, link, url, is_alone=redis is not None)
+    engine = engine or _engine(settings, weights, on_progress)
+    service = Service(settings, weights, engine, Store(settings, link), flights)
 
     access = AccessLog(settings.log_format) if settings.access_log else None
 
@@ -74,6 +78,7 @@ def create_app(
             stack.push_async_callback(link.close)
             stack.push_async_callback(service.engine.close)
             await service.engine.start()
+            stack.push_async_callback(flights.close)
             yield
 
     app = FastAPI(

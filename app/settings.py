@@ -106,6 +106,28 @@ class Settings(BaseSettings):
     cache_max_entry_bytes: int = Field(1 * 2**20, gt=0, description="A larger recording is not kept.")
     cache_compress_above_bytes: int = Field(1024, ge=0, description="Recordings above this size are zstd-compressed.")
 
+    cache_secret: SecretStr | None = Field(
+        None,
+        description="Signs what is kept in Redis, so that who can write there cannot plant answers; 16 characters.",
+    )
+    idempotency_ttl_s: int = Field(
+        86_400, gt=0, description="How long an Idempotency-Key stands for the answer that it was first given."
+    )
+
+    # flight
+    flight_lease_s: float = Field(
+        5.0, ge=0.3, description="How long a server that leads a generation may be silent before another takes over."
+    )
+    stream_resume_s: float = Field(
+        0.0, ge=0, description="How long a stream that lost its client goes on and can be resumed; 0: it ends at once."
+    )
+    stream_max_bytes: int = Field(
+        8 * 2**20, gt=0, description="A longer stream is not passed on to other servers beyond this."
+    )
+    stream_keep_bytes: int = Field(
+        64 * 2**20, gt=0, description="Memory for finished streams that can still be resumed; the oldest go first."
+    )
+
     # redis
     redis_url: SecretStr | None = Field(
         None, description="redis://, rediss:// or unix:// URL of a shared server. Without one, one is started for you."
@@ -136,6 +158,13 @@ class Settings(BaseSettings):
     def _is_a_redis_url(cls, value: SecretStr | None) -> SecretStr | None:
         if value and not value.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
             raise ValueError("a redis://, rediss:// or unix:// URL is needed")
+        return value
+
+    @field_validator("cache_secret", mode="after")
+    @classmethod
+    def _is_long_enough(cls, value: SecretStr | None) -> SecretStr | None:
+        if value and not 16 <= len(value.get_secret_value().encode()) <= 64:
+            raise ValueError("16 to 64 characters are needed")
         return value
 
     @model_validator(mode="after")
@@ -242,12 +271,12 @@ def origins(settings: Settings, overrides: dict[str, Any]) -> dict[str, str]:
 def masked(settings: Settings) -> dict[str, str]:
     """Every value as text, secrets as stars; a URL keeps its host and loses its password."""
 
-    def show(value: Any) -> str:
+    def show(name: str, value: Any) -> str:
         if isinstance(value, SecretStr):
-            return mask_url(value.get_secret_value())
+            return mask_url(value.get_secret_value()) if name == "redis_url" else "***"
         return "" if value is None else str(value)
 
-    return {name: show(getattr(settings, name)) for name in type(settings).model_fields}
+    return {name: show(name, getattr(settings, name)) for name in type(settings).model_fields}
 
 
 def mask_url(url: str) -> str:

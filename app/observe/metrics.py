@@ -27,6 +27,15 @@ engine_ready = Gauge("refrain_engine_ready", "1 while the engine takes calls, el
 engine_restarts = Gauge("refrain_engine_restarts", "Times the engine died and was started again.")
 in_flight = Gauge("refrain_generations_in_flight", "Generations that are running or queued for this server's clients.")
 left = Counter("refrain_clients_left_total", "Clients that went away before their answer was complete.")
+boarded = Counter(
+    "refrain_flight_boardings_total",
+    "Calls that began a generation (leader), shared one (follower), or carried one on (takeover).",
+    ["role"],
+)
+leases_lost = Counter("refrain_flight_leases_lost_total", "Generations whose lease another server took meanwhile.")
+resumed = Counter("refrain_streams_resumed_total", "Streams that a client came back to, by where they were.", ["found"])
+streams_kept_bytes = Gauge("refrain_streams_kept_bytes", "Memory of finished streams that can still be resumed.")
+streams_evicted = Counter("refrain_streams_evicted_total", "Finished streams that were forgotten before their time.")
 duration = Histogram("refrain_call_seconds", "From request to last byte.", ["cache"], buckets=_SECONDS)
 phases = Histogram("refrain_phase_seconds", "Time per phase of a call.", ["phase"], buckets=_SECONDS)
 

@@ -8,17 +8,21 @@ from typing import Any, Protocol
 
 from app.domain import Endpoint
 from app.errors import Incomplete
-from app.wire import chat, completions, embeddings, messages, responses
+from app.wire import chat, completions, embeddings, messages, responses, sse
 from app.wire.ends import is_last, split
+from app.wire.splice import Splice
 from app.wire.stamp import Identity
 
 __all__ = [
     "Identity",
+    "Splice",
     "check_body",
     "fold",
     "freshen",
     "identity",
+    "identity_of",
     "is_last",
+    "named",
     "new_id",
     "split",
     "split_usage",
@@ -73,6 +77,15 @@ def identity(endpoint: Endpoint, document: dict[str, Any]) -> Identity:
     return _WIRES[endpoint].identity(document)
 
 
+def identity_of(endpoint: Endpoint, content: bytes) -> Identity | None:
+    """The same from the bytes of a body or of a stream's first event; None for a comment. Raises `Incomplete`."""
+    payloads = [content] if content[:1] == b"{" else sse.payloads([content])
+    try:
+        return identity(endpoint, sse.parse(payloads[0])) if payloads else None
+    except (KeyError, TypeError, AttributeError) as exc:
+        raise Incomplete(f"not the first event of {endpoint.label}: {exc!r}") from exc
+
+
 def freshen(endpoint: Endpoint, content: bytes, old: Identity, new: Identity, request_body: dict[str, Any]) -> bytes:
     """The same body or concatenated events under a new identity; responses also repeat the new request's echoes."""
     return _WIRES[endpoint].freshen(content, old, new, request_body)
@@ -81,6 +94,11 @@ def freshen(endpoint: Endpoint, content: bytes, old: Identity, new: Identity, re
 def new_id(endpoint: Endpoint) -> str:
     # An id must be unique and need not be secret; the kernel's generator would be the dearest step of a hit's stamp.
     return f"{_WIRES[endpoint].ID_PREFIX}{_random.getrandbits(128):032x}"
+
+
+def named(endpoint: Endpoint, digits: str) -> str:
+    """An id of the endpoint's kind with these digits."""
+    return f"{_WIRES[endpoint].ID_PREFIX}{digits}"
 
 
 _random = random.Random()  # noqa: S311
