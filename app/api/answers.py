@@ -241,7 +241,7 @@ class _Stream:
             is_whole = self._endpoint is not None and wire.is_last(self._endpoint, event)
             if is_whole:
                 timing = server_timing(reply.answer.timings)
-                event = b": server-timing " + timing.encode() + b"\n\n" + event
+                event = b": server-timing " + timing.encode() + b"\n" + event
             await self._write(event)
         if not is_whole:
             raise EngineFailed("the answer broke off before it was complete")
@@ -268,7 +268,8 @@ class _Stream:
             if silent_s >= self._keep_alive_s:
                 if not self.started:
                     await self._start(self._early_headers)
-                await self._write(b": keep-alive\n\n")
+                # No blank line: to the official clients one is an event without data, once an event had an id.
+                await self._write(b": keep-alive\n")
                 silent_s = 0.0
             await asyncio.sleep(self._keep_alive_s - silent_s)
 

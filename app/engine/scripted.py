@@ -25,6 +25,8 @@ from app.settings import Settings
 
 _WORDS = "the cache remembers what the engine said and says it again without a second thought".split()
 
+_NOT_SAID = frozenset({"stream", "stream_options", "max_tokens", "max_completion_tokens", "max_output_tokens", "user"})
+
 
 class Script:
     """One call in the hands of a test: `say` words, then `finish`, or `fail`."""
@@ -127,7 +129,9 @@ class ScriptedEngine:
             self.running -= 1
 
     async def _at_a_rate(self, call: Call) -> AsyncGenerator[str, None]:
-        seed = hashlib.sha256(json.dumps(call.body, sort_keys=True).encode()).digest()
+        # As with a model, neither the form of the answer nor its longest length changes what is said.
+        said_by = {name: value for name, value in call.body.items() if name not in _NOT_SAID}
+        seed = hashlib.sha256(json.dumps(said_by, sort_keys=True).encode()).digest()
         limit = call.body.get("max_tokens") or call.body.get("max_completion_tokens") or 16
         for index in range(min(int(limit), 512)):
             await asyncio.sleep(self._seconds_per_token)

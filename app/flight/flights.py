@@ -374,11 +374,15 @@ class _Publisher:
         """Write what is left, and the last entry."""
         self._ended = True
         self._news.set()
-        with contextlib.suppress(TimeoutError):
+        try:
             async with asyncio.timeout(CLOSE_S):
                 await asyncio.shield(asyncio.wait({self._task}))
                 if self._flight.may_record:
                     await self._write(last(), is_last=True)
+        except LeaseLost:
+            self._lost()
+        except TimeoutError:  # Redis is gone; the lease expires by itself
+            return
 
     async def stop(self) -> None:
         self._task.cancel()
@@ -395,10 +399,14 @@ class _Publisher:
                 await self._write(self._collected())
                 if not self._ended:
                     await asyncio.sleep(PUBLISH_GAP_S)
-        except LeaseLost:  # we were away too long; another leads, and our clients go on with what we generate
-            self._flight.may_record = False
-            metrics.leases_lost.inc()
-            log.warning("a flight lost its lease; it goes on for the clients of this server alone")
+        except LeaseLost:
+            self._lost()
+
+    def _lost(self) -> None:
+        """We were away too long: another leads. Our clients go on with what we generate; the world hears no more."""
+        self._flight.may_record = False
+        metrics.leases_lost.inc()
+        log.warning("a flight lost its lease; it goes on for the clients of this server alone")
 
     def _collected(self) -> bytes:
         said, self._said = self._said, []

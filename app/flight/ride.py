@@ -60,6 +60,9 @@ class Ride:
             async for number, event in events:
                 if not self.wants_usage and is_usage_event(self._endpoint, event):
                     continue
+                if event.startswith(b":"):  # a comment; with a blank line clients would take it for an empty event
+                    yield event.rstrip() + b"\n"
+                    continue
                 self._note_timings()
                 event = self._renamed(event)
                 if position is not None:
