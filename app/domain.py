@@ -38,9 +38,10 @@ _LABELS = {
 
 
 class CacheStatus(StrEnum):
-    """What `x-cache` says: answered from a recording, with another call's generation, generated, or kept apart."""
+    """What `x-cache` says: answered from a recording (perhaps past its time), with another call's generation, ..."""
 
     HIT = "hit"
+    STALE = "stale"
     SHARED = "shared"
     MISS = "miss"
     BYPASS = "bypass"
@@ -92,6 +93,8 @@ class Timings:
     decode_s: float | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    # Tokens in the events that a stream has brought so far; what is counted above may already be ahead of them.
+    streamed_tokens: int = 0
 
 
 @dataclass(slots=True)

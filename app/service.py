@@ -20,17 +20,20 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from typing import Any
 
 from app import wire
+from app.cache import reuse
 from app.cache.key import cache_key, is_deterministic, why_uncacheable
-from app.cache.policy import Directives
+from app.cache.policy import NONE, Directives
 from app.cache.recording import Recording
-from app.cache.reuse import reads_the_same_streamed
+from app.cache.refusals import Refusals
+from app.cache.reuse import Rule, Shape, reads_the_same_streamed
 from app.cache.store import Slot, Store, age_s
 from app.domain import Answer, CacheStatus, Call, Caller, Endpoint, Form, Reply, Timings, Weights
 from app.engine import Engine
-from app.errors import Incomplete, NotCached, NotFound
+from app.errors import AppError, BadCall, Incomplete, NotCached, NotFound
 from app.flight.flight import Flight, Ticket, lost
 from app.flight.flights import Flights
 from app.flight.names import Position
@@ -39,18 +42,29 @@ from app.observe import metrics
 from app.settings import Settings
 
 # The closing usage event is asked of the engine for each of these streams, since a later client may want it.
+# In place of a tenant where everybody shares; no tenant can be called so.
+EVERYBODY = "*"
 _USAGE_ON_REQUEST = (Endpoint.CHAT, Endpoint.COMPLETIONS)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the cache may do for one call. Without a slot: nothing, for this reason."""
+    """What the cache may do for one call. Without a slot: nothing, for this reason.
+
+    The slot is its family's; there may be one of its own beside it (`exact`), for what the family's does not serve.
+    """
 
     slot: Slot | None
+    shape: Shape
     may_read: bool
     may_write: bool
     directives: Directives
     bypass_reason: str | None = None
+    samples: int = 0
+
+    @property
+    def exact(self) -> Slot | None:
+        return replace(self.slot, key=self.shape.key(self.slot.key)) if self.slot else None
 
     @property
     def status(self) -> CacheStatus:
@@ -60,13 +74,14 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Boarding:
-    """A client aboard a flight: `status` is known at once, `reply` once there is something to send."""
+    """A client aboard a flight. `status` is what is known at once, and is the reply's unless another server leads."""
 
     ride: Ride
     status: CacheStatus
     weights: str
     key: str | None
     alone: Callable[[], Awaitable[Reply]] | None = None
+    instead: Callable[[AppError], Awaitable[Reply]] | None = None
 
     @property
     def endpoint(self) -> Endpoint:
@@ -80,8 +95,13 @@ class Boarding:
             if self.alone is None:
                 raise
             return await self.alone()
-        metrics.child(metrics.calls, self.endpoint.label, self.status.value).inc()
-        return Reply(answer, self.status, self.weights, self.key, stream_id=self.ride.stream_id)
+        except AppError as error:
+            if self.instead is None:
+                raise
+            return await self.instead(error)
+        status = self.status if self.ride.seat.flight.is_led_here else CacheStatus.SHARED
+        metrics.child(metrics.calls, self.endpoint.label, status.value).inc()
+        return Reply(answer, status, self.weights, self.key, stream_id=self.ride.stream_id)
 
 
 class Service:
@@ -93,20 +113,52 @@ class Service:
         self.engine = engine
         self.store = store
         self.flights = flights
+        self.claims = flights.claims
+        self._refusals = Refusals(settings.cache_negative_s)
 
     # 1 -------------------------------------------------------------------------------------------
 
     def plan(self, call: Call, directives: Directives) -> Plan:
         """Whether this call has a key that others may share, and which."""
-        reason = self._why_bypass(call)
+        reason = self._why_bypass(call, directives)
         if reason is not None:
             metrics.bypasses.labels(reason).inc()
-            return Plan(None, False, False, directives, reason)
-        key = cache_key(call, self.weights, tenant=call.caller.tenant)
-        slot = Slot(call.caller.tenant, self.weights.name, key)
-        return Plan(slot, not directives.no_cache, not directives.no_store, directives)
+            return Plan(None, Shape(), False, False, directives, reason)
+        relaxed, shape = reuse.family(call)
+        key = cache_key(relaxed, self.weights, tenant=self._scope(call.caller))
+        whose = EVERYBODY if self._settings.cache_scope == "global" else call.caller.tenant
+        slot = Slot(whose, self.weights.name, key)
+        samples = 0 if is_deterministic(call, self.weights) else self._samples(directives)
+        return Plan(slot, shape, not directives.no_cache, not directives.no_store, directives, samples=samples)
 
-    def _why_bypass(self, call: Call) -> str | None:
+    def _scope(self, caller: Caller) -> str:
+        """The name, in every key, of those who share answers; no tenant is called like another scope's."""
+        if self._settings.cache_scope == "tenant":
+            return caller.tenant
+        return EVERYBODY if self._settings.cache_scope == "global" else f"{caller.tenant}:{caller.key_id}"
+
+    def _samples(self, directives: Directives) -> int:
+        return self._settings.cache_samples if directives.samples is None else directives.samples
+
+    def drawn(self, call: Call, plan: Plan) -> Plan:
+        """For a call that draws from a pool of sampled answers: the plan for the one that it drew.
+
+        Each answer of the pool has a place of its own and is generated when it is first drawn. So the draw is
+        uniform from the first call on, and a call is generated only where its answer is not there yet.
+        """
+        if not plan.samples or plan.slot is None:
+            return plan
+        metrics.pool_draws.inc()
+        sticky = self._settings.cache_samples_sticky if plan.directives.sticky is None else plan.directives.sticky
+        user = call.body.get("user")
+        if sticky and isinstance(user, str):
+            number = int(sha256(f"{plan.slot.key} {user}".encode()).hexdigest(), 16) % plan.samples
+        else:
+            number = secrets.randbelow(plan.samples)
+        key = sha256(f"{plan.shape.key(plan.slot.key)} sample {number}".encode()).hexdigest()
+        return replace(plan, slot=replace(plan.slot, key=key), shape=Shape())
+
+    def _why_bypass(self, call: Call, directives: Directives) -> str | None:
         if self._settings.cache == "off":
             return "off"
         if reason := why_uncacheable(call, self.weights):
@@ -117,9 +169,25 @@ class Service:
             and call.body.get("store") is not False
         ):
             return "stored"  # its id must be one that the engine can be asked for
-        if self._settings.cache == "deterministic" and not is_deterministic(call, self.weights):
+        if (
+            self._settings.cache == "deterministic"
+            and not self._samples(directives)
+            and not is_deterministic(call, self.weights)
+        ):
             return "not_deterministic"
         return None
+
+    async def claimed(self, call: Call, plan: Plan, idempotency_key: str) -> Plan:
+        """The plan under an `Idempotency-Key`: what may not be shared with others is shared with its own retries.
+
+        Raises:
+            KeyReused: the key was used with another body. BadCall: it is no key.
+        """
+        key = await self.claims.claim(call, idempotency_key)
+        if plan.slot is not None and plan.may_read and plan.may_write and not plan.samples:
+            return plan  # its retries get the same as everybody
+        slot = Slot(call.caller.tenant, self.weights.name, key, ttl_s=self._settings.idempotency_ttl_s)
+        return replace(plan, slot=slot, shape=Shape(), may_read=True, may_write=True, directives=NONE, samples=0)
 
     # 2 -------------------------------------------------------------------------------------------
 
@@ -131,15 +199,68 @@ class Service:
         """
         began = time.perf_counter()
         if plan.slot is not None and plan.may_read:
-            recording = await self.store.find(plan.slot)
+            recording, _ = await self._find(plan)
             if recording is not None and plan.directives.accepts(age := age_s(recording)):
-                _count_hit(call, recording)
-                answer = _replay(recording, call)
-                answer.timings.cache_s = time.perf_counter() - began
-                return Reply(answer, CacheStatus.HIT, self.weights.short, plan.slot.key, int(age))
+                stale_s = self._stale_s(plan, age)
+                if stale_s <= self._settings.cache_stale_while_revalidate_s:
+                    if stale_s > 0:
+                        self._refresh(call, plan)
+                    reply = self._replayed(call, plan, recording, CacheStatus.STALE if stale_s > 0 else CacheStatus.HIT)
+                    reply.answer.timings.cache_s = time.perf_counter() - began
+                    return reply
         if plan.directives.only_if_cached:
             raise NotCached("the answer is not in the cache, and the request allows nothing else")
         return None
+
+    def _replayed(self, call: Call, plan: Plan, recording: Recording, status: CacheStatus) -> Reply:
+        _count_hit(call, recording, status)
+        key = plan.slot.key if plan.slot else None
+        return Reply(_replay(recording, call), status, self.weights.short, key, int(age_s(recording)))
+
+    def _stale_s(self, plan: Plan, age: float) -> float:
+        """Seconds past its time; without a setting that gives a recording more, Redis ends it in time."""
+        if (
+            plan.slot is None
+            or plan.slot.ttl_s is not None
+            or self._settings.cache_keep_s == self._settings.cache_ttl_s
+        ):
+            return 0.0
+        return age - self._settings.cache_ttl_s
+
+    def _refresh(self, call: Call, plan: Plan) -> None:
+        metrics.refreshed.inc()
+        anew = replace(plan, directives=replace(plan.directives, max_age_s=self._settings.cache_ttl_s))
+        self.flights.launch(self._ticket(call, plan), lambda flight: self._flown(call, anew, flight))
+
+    async def _instead(self, call: Call, plan: Plan, error: AppError) -> Reply:
+        """A recording past its time, where generating anew failed. Raises the error where there is none."""
+        if error.status >= 500 and self._settings.cache_stale_if_error_s and plan.may_read:
+            recording, _ = await self._find(plan)
+            age = age_s(recording) if recording is not None else float("inf")
+            is_good_enough = self._stale_s(plan, age) <= self._settings.cache_stale_if_error_s
+            if recording is not None and is_good_enough and plan.directives.accepts(age):
+                return self._replayed(call, plan, recording, CacheStatus.STALE)
+        raise error
+
+    async def _find(self, plan: Plan) -> tuple[Recording | None, Recording | None]:
+        """The recording that serves this call, made to its measure; and what stands in its family's place."""
+        if plan.slot is None:
+            return None, None
+        standing = await self.store.find(plan.slot)
+        if standing is None:
+            return None, None
+        fitting = self._fitted(standing, plan.shape)
+        if fitting is None and (exact := plan.exact) is not None and exact != plan.slot:
+            own = await self.store.find(exact)
+            fitting = self._fitted(own, plan.shape) if own is not None else None
+        return fitting, standing
+
+    def _fitted(self, recording: Recording, shape: Shape) -> Recording | None:
+        rule = reuse.rule(recording, shape, self.weights.max_model_len)
+        if rule is None or rule is Rule.SAME:
+            return recording if rule else None
+        metrics.child(metrics.reused, rule.value).inc()
+        return _cut_to_measure(recording, shape, rule)
 
     # 3 -------------------------------------------------------------------------------------------
 
@@ -158,7 +279,7 @@ class Service:
         timings = Timings(cache_s=looked_s)
         key = plan.slot.key if plan.slot else None
         if position is not None:
-            async with self.flights.resume(position, call.caller.tenant) as seat:
+            async with self.flights.resume(position, self._owned_by(call.caller)) as seat:
                 if seat is not None:
                     metrics.child(metrics.resumed, "flight").inc()
                     ride = Ride(seat, True, position.wants_usage, call.body, timings)
@@ -167,6 +288,8 @@ class Service:
             if not ticket.is_shared:
                 raise lost()
             metrics.child(metrics.resumed, "again").inc()
+        if ticket.is_shared:
+            self._refusals.check(f"{ticket.key} {ticket.is_stream}")
         with self.flights.board(
             ticket,
             lambda flight: self._flown(call, plan, flight),
@@ -176,8 +299,15 @@ class Service:
             wants_usage = position.wants_usage if position else call.wants_usage_event
             ride = Ride(seat, call.is_streaming, wants_usage, call.body, timings)
             status = plan.status if seat.is_first else CacheStatus.SHARED
-            yield Boarding(ride, status, self.weights.short, key, lambda: self._alone(call, plan))
-            if not seat.is_first and seat.flight.is_finished:
+            yield Boarding(
+                ride,
+                status,
+                self.weights.short,
+                key,
+                alone=lambda: self._alone(call, plan),
+                instead=lambda error: self._instead(call, plan, error),
+            )
+            if seat.flight.is_finished and not (seat.is_first and seat.flight.is_led_here):
                 _count_saved(seat.flight.timings)
 
     @asynccontextmanager
@@ -185,7 +315,7 @@ class Service:
         """A seat on the flight of a stream that this client lost, from there on. Raises NotFound."""
         if position is None:
             raise NotFound("this is no id of a stream")
-        async with self.flights.resume(position, caller.tenant) as seat:
+        async with self.flights.resume(position, self._owned_by(caller)) as seat:
             if seat is None:
                 raise NotFound("there is no such stream any more; ask again")
             metrics.child(metrics.resumed, "flight").inc()
@@ -202,8 +332,13 @@ class Service:
         is_shared = plan.slot is not None and plan.may_read and plan.may_write
         is_stream = call.is_streaming or (is_shared and reads_the_same_streamed(call))
         is_kept = self._settings.stream_resume_s > 0 and is_stream and not plan.directives.no_store
-        key = plan.slot.key if plan.slot is not None and is_shared else secrets.token_hex(32)
-        return Ticket(key, call.endpoint, call.caller.tenant, is_stream, is_shared, is_kept)
+        key = plan.exact.key if plan.exact is not None and is_shared else secrets.token_hex(32)
+        shared_by, own = self._owned_by(call.caller)
+        return Ticket(key, call.endpoint, shared_by if is_shared else own, is_stream, is_shared, is_kept)
+
+    def _owned_by(self, caller: Caller) -> tuple[str, str]:
+        """Whose streams a caller may come back to: those of all that share answers with it, and its tenant's own."""
+        return f"scope {self._scope(caller)}", f"tenant {caller.tenant}"
 
     # 4, 5, 6 -------------------------------------------------------------------------------------
 
@@ -213,32 +348,58 @@ class Service:
         Raises:
             AppError: refused or broken. Cancelling frees the engine.
         """
-        if plan.slot is not None and flight.ticket.is_shared:  # it may have landed between the look and the boarding
-            recording = await self.store.find(plan.slot)
-            if recording is not None and plan.directives.accepts(age_s(recording)):
-                flight.timings = _timings(recording)
+        standing = None
+        if flight.ticket.is_shared:  # it may have landed between the look and the boarding
+            recording, standing = await self._find(plan)
+            is_fresh = recording is not None and self._stale_s(plan, age_s(recording)) <= 0
+            if recording is not None and is_fresh and plan.directives.accepts(age_s(recording)):
+                flight.timings, flight.is_led_here = _timings(recording), False
                 for event in _in_form(recording, call.endpoint, is_stream=flight.is_stream):
                     yield event
                 return
+        try:
+            async with aclosing(self._generated(call, plan, flight, standing)) as events:
+                async for event in events:
+                    yield event
+        except BadCall as error:  # the same call will not be better in a moment
+            if flight.ticket.is_shared and not flight.events:
+                self._refusals.remember(f"{flight.ticket.key} {flight.is_stream}", error)
+            raise
+
+    async def _generated(
+        self, call: Call, plan: Plan, flight: Flight, standing: Recording | None
+    ) -> AsyncGenerator[bytes, None]:
         began = time.perf_counter()
         await self.engine.state.ready(self._settings.loading_wait_s)
         with metrics.in_flight.track_inprogress():
-            answer = await self.engine.answer(_in_engine_form(call, is_stream=flight.is_stream))
+            counts_choices = _counts_choices(call, plan, is_stream=flight.is_stream)
+            asked = _in_engine_form(call, is_stream=flight.is_stream)
+            answer = await self.engine.answer(_asking_for_token_ids(asked) if counts_choices else asked)
             flight.timings = answer.timings
             if answer.body is not None:
-                await self._record_body(call, plan, flight, answer.body, began)
-                yield answer.body
+                body, choice_tokens = _without_token_ids(answer.body) if counts_choices else (answer.body, None)
+                await self._record_body(call, plan, flight, standing, body, choice_tokens, began)
+                yield body
                 return
             kept = _Kept(self._settings.cache_max_entry_bytes * 8)  # it compresses, but not that well
             assert answer.events is not None  # noqa: S101 - an answer has one form or the other
             async with aclosing(answer.events) as events:  # type: ignore[type-var]
                 async for event in events:
-                    kept.add(event)
+                    kept.add(event, answer.timings.streamed_tokens)
                     if wire.is_last(call.endpoint, event):
-                        await self._record_events(call, plan, flight, kept, began)
+                        await self._record_events(call, plan, flight, standing, kept, began)
                     yield event
 
-    async def _record_body(self, call: Call, plan: Plan, flight: Flight, body: bytes, began: float) -> None:
+    async def _record_body(
+        self,
+        call: Call,
+        plan: Plan,
+        flight: Flight,
+        standing: Recording | None,
+        body: bytes,
+        choice_tokens: list[int] | None,
+        began: float,
+    ) -> None:
         if plan.slot is None or not (plan.may_write and flight.may_record):
             return
         document = json.loads(body)
@@ -247,9 +408,12 @@ class Service:
         except Incomplete:
             metrics.not_recorded.labels("incomplete").inc()
             return
-        await self._keep(call, plan.slot, Form.BODY, document, (body, b"", b""), began)
+        recording = _recording(call, plan.shape, Form.BODY, document, (body, b"", b""), began)
+        await self._keep(call, plan, standing, recording.counting(choice_tokens=choice_tokens))
 
-    async def _record_events(self, call: Call, plan: Plan, flight: Flight, kept: _Kept, began: float) -> None:
+    async def _record_events(
+        self, call: Call, plan: Plan, flight: Flight, standing: Recording | None, kept: _Kept, began: float
+    ) -> None:
         if plan.slot is None or not (plan.may_write and flight.may_record):
             return
         if kept.is_too_large:
@@ -260,40 +424,23 @@ class Service:
         except Incomplete:
             metrics.not_recorded.labels("incomplete").inc()
             return
-        await self._keep(call, plan.slot, Form.EVENTS, document, wire.split_usage(call.endpoint, kept.events), began)
+        parts = wire.split_usage(call.endpoint, kept.events)
+        recording = _recording(call, plan.shape, Form.EVENTS, document, parts, began)
+        is_counted = plan.shape.is_cuttable and kept.counts[-1] == recording.completion_tokens
+        await self._keep(call, plan, standing, recording.counting(counts=kept.counts) if is_counted else recording)
 
-    async def _keep(
-        self,
-        call: Call,
-        slot: Slot,
-        form: Form,
-        document: dict[str, Any],
-        parts: tuple[bytes, bytes, bytes],
-        began: float,
-    ) -> None:
-        prompt_tokens, completion_tokens = wire.usage(call.endpoint, document)
-        ident, created = wire.identity(call.endpoint, document)
-        recording = Recording(
-            form=form,
-            recorded_at=time.time(),
-            ident=ident,
-            created=created,
-            head=parts[0],
-            usage=parts[1],
-            tail=parts[2],
-            prompt_tokens=prompt_tokens,
-            completion_tokens=completion_tokens,
-            seconds=time.perf_counter() - began,
-        )
-        if await self.store.keep(slot, recording):
+    async def _keep(self, call: Call, plan: Plan, standing: Recording | None, recording: Recording) -> None:
+        """In the family's place if it serves all that stands there serves; else beside it."""
+        slot = plan.slot if standing is None or reuse.covers(recording, standing) else plan.exact
+        if slot is not None and await self.store.keep(slot, recording):
             metrics.recorded.labels(call.endpoint.label).inc()
 
 
 # --- pure helpers of the steps, in the order they are used -----------------------------------------
 
 
-def _count_hit(call: Call, recording: Recording) -> None:
-    metrics.child(metrics.calls, call.endpoint.label, "hit").inc()
+def _count_hit(call: Call, recording: Recording, status: CacheStatus) -> None:
+    metrics.child(metrics.calls, call.endpoint.label, status.value).inc()
     _count_saved(_timings(recording))
     metrics.seconds_saved.inc(recording.seconds)
 
@@ -349,6 +496,81 @@ def _in_engine_form(call: Call, *, is_stream: bool) -> Call:
     return call if body is call.body else replace(call, body=body)
 
 
+def _counts_choices(call: Call, plan: Plan, *, is_stream: bool) -> bool:
+    """Whether to ask how long each of several choices is: then the recording serves a call for fewer of them."""
+    is_one_prompt = call.endpoint is Endpoint.CHAT or isinstance(call.body.get("prompt"), str)
+    return (
+        plan.may_write
+        and plan.shape.n > 1
+        and not is_stream
+        and is_one_prompt
+        and not call.body.get("return_token_ids")
+    )
+
+
+def _asking_for_token_ids(call: Call) -> Call:
+    return replace(call, body=call.body | {"return_token_ids": True})
+
+
+def _without_token_ids(body: bytes) -> tuple[bytes, list[int] | None]:
+    """The body as if nobody had asked for the ids, and how many each choice has."""
+    document = json.loads(body)
+    ids = [choice.get("token_ids") for choice in document.get("choices") or ()]
+    for holder in (document, *(document.get("choices") or ())):
+        for name in ("prompt_token_ids", "token_ids"):
+            if name in holder:
+                holder[name] = None
+    counts = [len(each) for each in ids] if ids and all(isinstance(each, list) for each in ids) else None
+    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode(), counts
+
+
+def _recording(
+    call: Call, shape: Shape, form: Form, document: dict[str, Any], parts: tuple[bytes, bytes, bytes], began: float
+) -> Recording:
+    prompt_tokens, completion_tokens = wire.usage(call.endpoint, document)
+    ident, created = wire.identity(call.endpoint, document)
+    return Recording(
+        form=form,
+        recorded_at=time.time(),
+        ident=ident,
+        created=created,
+        head=parts[0],
+        usage=parts[1],
+        tail=parts[2],
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        seconds=time.perf_counter() - began,
+        limit=shape.limit,
+        n=shape.n,
+        logprobs=shape.logprobs,
+        ended=wire.ended_by_itself(call.endpoint, document),
+    )
+
+
+def _cut_to_measure(recording: Recording, shape: Shape, rule: Rule) -> Recording:
+    """The recording as the engine would have answered a call of this shape."""
+    if rule is Rule.CUT and shape.limit is not None and recording.counts is not None:
+        events = wire.shorten(wire.split(recording.content()), recording.counts, shape.limit)
+        head, usage, tail = wire.split_usage(Endpoint.CHAT, events)
+        return recording.with_content(Form.EVENTS, head, usage, tail, completion_tokens=shape.limit)
+    if rule is Rule.FEWER:
+        document = _body_of(recording)
+        tokens = recording.choice_tokens or [recording.completion_tokens]
+        fewer = wire.fewer(document, shape.n, tokens, logprobs=shape.logprobs is not None)
+        content = json.dumps(fewer, ensure_ascii=False, separators=(",", ":")).encode()
+        return recording.with_content(Form.BODY, content, b"", b"", completion_tokens=sum(tokens[: shape.n]))
+    return recording
+
+
+def _body_of(recording: Recording) -> dict[str, Any]:
+    if recording.form is Form.BODY:
+        body: dict[str, Any] = json.loads(recording.head)
+        return body
+    # Several choices and log-probabilities are chat's and completions' alone, and the chunks say which of the two.
+    endpoint = Endpoint.COMPLETIONS if b'"object":"text_completion"' in recording.head[:300] else Endpoint.CHAT
+    return wire.fold(endpoint, wire.split(recording.content()))
+
+
 def _in_form(recording: Recording, endpoint: Endpoint, *, is_stream: bool) -> list[bytes]:
     """The recorded answer as a flight's events, usage and all, or as its one body."""
     if is_stream:
@@ -370,15 +592,17 @@ class _Kept:
 
     def __init__(self, room_bytes: int) -> None:
         self.events: list[bytes] = []
+        self.counts: list[int] = []
         self._room_bytes = room_bytes
 
     @property
     def is_too_large(self) -> bool:
         return self._room_bytes < 0
 
-    def add(self, event: bytes) -> None:
+    def add(self, event: bytes, tokens: int) -> None:
         self._room_bytes -= len(event)
         if self.is_too_large:
             self.events.clear()
         else:
             self.events.append(event)
+            self.counts.append(tokens)

@@ -106,9 +106,31 @@ class Settings(BaseSettings):
     cache_max_entry_bytes: int = Field(1 * 2**20, gt=0, description="A larger recording is not kept.")
     cache_compress_above_bytes: int = Field(1024, ge=0, description="Recordings above this size are zstd-compressed.")
 
+    cache_samples: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="Calls at temperature > 0 without a seed draw from a pool of so many answers; 0: off.",
+    )
+    cache_samples_sticky: bool = Field(
+        False, description="Draws from a pool follow `user`: the same user, the same answer."
+    )
     cache_secret: SecretStr | None = Field(
         None,
         description="Signs what is kept in Redis, so that who can write there cannot plant answers; 16 characters.",
+    )
+    cache_stale_while_revalidate_s: int = Field(
+        0, ge=0, description="How long past its time a recording still answers, while one call refreshes it; 0: not."
+    )
+    cache_stale_if_error_s: int = Field(
+        0, ge=0, description="How long past its time a recording answers where generating anew fails; 0: not."
+    )
+    cache_negative_s: float = Field(
+        0.0, ge=0, description="How long a call that the engine refused for good is refused without asking it; 0: not."
+    )
+    cache_scope: Literal["tenant", "global", "key"] = Field(
+        "tenant",
+        description="Who shares answers: each tenant's callers, everybody, or only calls with the same API key.",
     )
     idempotency_ttl_s: int = Field(
         86_400, gt=0, description="How long an Idempotency-Key stands for the answer that it was first given."
@@ -172,6 +194,11 @@ class Settings(BaseSettings):
         if (self.redis_sentinel or self.redis_cluster) and self.redis_url is None:
             raise ValueError("REFRAIN_REDIS_SENTINEL and REFRAIN_REDIS_CLUSTER need REFRAIN_REDIS_URL")
         return self
+
+    @property
+    def cache_keep_s(self) -> int:
+        """How long a recording is kept: its time, and as long after it as it may still be of use."""
+        return self.cache_ttl_s + max(self.cache_stale_while_revalidate_s, self.cache_stale_if_error_s)
 
     @property
     def keys_path(self) -> Path:

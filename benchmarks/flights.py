@@ -168,7 +168,7 @@ async def ask(client: httpx.AsyncClient, url: str, key: int, *, stream: bool) ->
 
 
 async def count_generations(url: str, found: Found) -> None:
-    """Every leader opens its stream under a token of its own: each is one generation. Streams do not last; look often."""
+    """Every leader opens its stream under a token of its own: one generation. Streams do not last, so look often."""
     client = aioredis.Redis.from_url(url)
     seal = Seal(None)
     while True:

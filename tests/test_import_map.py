@@ -64,7 +64,7 @@ OURS: dict[str, set[str]] = {
     "app.cache.fields": {"app.domain"},
     "app.cache.policy": {"app.errors"},
     "app.cache.recording": {"app.domain", "app.errors"},
-    "app.cache.reuse": {"app.domain"},
+    "app.cache.reuse": {"app.cache.recording", "app.domain"},
     "app.flight": {
         "app.cache.link",
         "app.domain",
@@ -82,6 +82,7 @@ OURS: dict[str, set[str]] = {
         "app.cache.key",
         "app.cache.policy",
         "app.cache.recording",
+        "app.cache",
         "app.cache.reuse",
         "app.cache.store",
         "app.domain",

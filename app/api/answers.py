@@ -77,6 +77,9 @@ class AnswerRoute:
         content = await read(headers, receive, self._settings)
         call, plan = self._understood(_Question(caller, self._service.weights, headers.get(b"cache-control"), content))
 
+        if (idempotency_key := headers.get(b"idempotency-key")) is not None:
+            plan = await self._service.claimed(call, plan, idempotency_key.decode("latin-1"))
+        plan = self._service.drawn(call, plan)
         came_back = _position(headers.get(b"last-event-id")) if call.is_streaming else None
 
         looking = time.perf_counter()
@@ -185,11 +188,13 @@ async def _answer(aboard: AbstractAsyncContextManager[Boarding], stream: _Stream
         stream.board(boarding)
         if not boarding.ride.is_streaming:
             reply = await boarding.reply()
+            stream.status = reply.cache
             await _send(reply, send)
             return reply.answer.timings
         async with stream.kept_alive():
             try:
                 reply = await boarding.reply()
+                stream.status = reply.cache
                 assert reply.answer.events is not None  # noqa: S101 - a streaming call
                 async with aclosing(reply.answer.events) as events:  # type: ignore[type-var]
                     await stream.run(reply, events)

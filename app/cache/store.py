@@ -28,11 +28,12 @@ SCAN_COUNT = 500
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Where one answer is kept: the key, and whose it is (for `purge` and `stats`)."""
+    """Where one answer is kept: the key, and whose it is (for `purge` and `stats`); how long, if not as all are."""
 
     tenant: str
     model: str
     key: str
+    ttl_s: int | None = None
 
     def name(self, namespace: str) -> str:
         """`refrain:answer:<tenant>:<model>:<key>`; names are percent-encoded, so `:` and `*` cannot mislead."""
@@ -55,7 +56,8 @@ class Store:
         self._settings = settings
         self._namespace = settings.redis_namespace
         self.link = link
-        self._lookups = _Lookups(link, one_by_one=settings.redis_cluster)
+        self._secret = settings.cache_secret.get_secret_value().encode() if settings.cache_secret else b""
+        self._lookups = _Lookups(link, self._secret, one_by_one=settings.redis_cluster)
 
     async def find(self, slot: Slot) -> Recording | None:
         """The recording, whole, or None: not there, Redis down, or not one of ours."""
@@ -63,11 +65,13 @@ class Store:
 
     async def keep(self, slot: Slot, recording: Recording) -> bool:
         """Write it, with a jittered TTL. False: too large, or Redis would not take it."""
-        value = pack(recording, slot.key, compress_above_bytes=self._settings.cache_compress_above_bytes)
+        compress_above = self._settings.cache_compress_above_bytes
+        value = pack(recording, slot.key, compress_above_bytes=compress_above, secret=self._secret)
         if len(value) > self._settings.cache_max_entry_bytes:
             metrics.cache_errors.labels("too_large").inc()
             return False
-        ttl_ms = int(self._settings.cache_ttl_s * 1000 * random.uniform(1 - TTL_JITTER, 1 + TTL_JITTER))  # noqa: S311
+        ttl_s = slot.ttl_s or self._settings.cache_keep_s
+        ttl_ms = int(ttl_s * 1000 * random.uniform(1 - TTL_JITTER, 1 + TTL_JITTER))  # noqa: S311
         name = slot.name(self._namespace)
         try:
             await self.link.ask(lambda redis: redis.set(name, value, px=ttl_ms))
@@ -134,8 +138,9 @@ class _Lookups:
 
     ROUND_TRIPS = 2
 
-    def __init__(self, link: Link, *, one_by_one: bool) -> None:
+    def __init__(self, link: Link, secret: bytes, *, one_by_one: bool) -> None:
         self._link = link
+        self._secret = secret
         self._one_by_one = one_by_one  # in a Cluster the keys of one command must share a slot
         self._waiting: dict[str, tuple[str, list[asyncio.Future[Recording | None]]]] = {}
         self._under_way: set[asyncio.Task[None]] = set()
@@ -176,7 +181,7 @@ class _Lookups:
             recording = None
             if value is not None:
                 try:
-                    recording = unpack(value, key)
+                    recording = unpack(value, key, secret=self._secret)
                 except BrokenRecording as error:
                     broken[name] = str(error)
             for future in futures:

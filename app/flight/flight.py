@@ -20,14 +20,14 @@ from app.flight.names import Position
 class Ticket:
     """What is asked of a flight.
 
-    `key`: calls with equal keys may share one. `is_stream`: the form in which this process would lead it.
-    `is_shared`: others may come aboard, and carry it on. `is_kept`: it goes on when everybody has left, and can be
-    come back to.
+    `key`: calls with equal keys may share one. `owner`: who may come back to its stream. `is_stream`: the form in
+    which this process would lead it. `is_shared`: others may come aboard, and carry it on. `is_kept`: it goes on when
+    everybody has left, and can be come back to.
     """
 
     key: str
     endpoint: Endpoint
-    tenant: str
+    owner: str
     is_stream: bool
     is_shared: bool
     is_kept: bool

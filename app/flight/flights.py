@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 
 from app import wire
@@ -24,6 +24,7 @@ from app.domain import Endpoint
 from app.errors import AppError, Broken, Diverged, Draining, EngineFailed, LeaseLost, RedisDown
 from app.flight import names
 from app.flight.flight import Flight, Seat, Ticket, lost
+from app.flight.idempotency import Claims
 from app.flight.lease import Boarded, Lease, Leases
 from app.flight.live import About, Entry, Reader, Seal, Told
 from app.flight.names import Position
@@ -50,6 +51,7 @@ class Flights:
         secret = settings.cache_secret.get_secret_value().encode() if settings.cache_secret else None
         self._seal = Seal(secret)
         self._leases = Leases(settings, link)
+        self.claims = Claims(settings, self._leases)
         self._reader = Reader(settings, link, url, self._seal)
         self._by_key: dict[str, Flight] = {}
         self._by_uid: dict[str, Flight] = {}
@@ -82,11 +84,23 @@ class Flights:
         with self._seated(Seat(flight, is_first=is_first, position=position)) as seat:
             yield seat
 
+    def launch(self, ticket: Ticket, takeoff: Takeoff) -> None:
+        """Fly for no client, unless the same flies already: what comes of it is recorded on the way."""
+        if ticket.key not in self._by_key:
+            self._spawn(self._launched(ticket, takeoff), "flight-launched")
+
+    async def _launched(self, ticket: Ticket, takeoff: Takeoff) -> None:
+        with self.board(ticket, takeoff, is_streaming=False) as seat:
+            try:
+                await seat.whole()
+            except AppError as error:
+                log.warning("a refresh failed, and what is there stays: %s", error.message)
+
     @asynccontextmanager
-    async def resume(self, position: Position, tenant: str) -> AsyncIterator[Seat | None]:
+    async def resume(self, position: Position, owners: Collection[str]) -> AsyncIterator[Seat | None]:
         """A seat on a flight that this client was on, here or elsewhere; None where it cannot be found any more."""
         flight = self._by_uid.get(position.uid) or await self._found_elsewhere(position.uid)
-        if flight is None or flight.ticket.tenant != tenant:
+        if flight is None or flight.ticket.owner not in owners:
             yield None
             return
         with self._seated(Seat(flight, is_first=False, position=position)) as seat:
@@ -104,8 +118,7 @@ class Flights:
                 self._deserted(flight)
 
     def _deserted(self, flight: Flight) -> None:
-        is_published = flight.is_led_here and not self._is_alone and _is_published(flight.ticket)
-        if not _is_awaited(flight) and not is_published:
+        if not _is_awaited(flight) and flight not in self._held:
             _end(flight)  # at once: the engine is freed before anything else happens
         else:
             self._spawn(self._end_when_nobody_is_left(flight), "deserted")
@@ -351,7 +364,7 @@ class _Publisher:
         self._ended = False
         self._news = asyncio.Event()
         ticket = flight.ticket
-        about = About(ticket.key, ticket.endpoint.value, ticket.tenant, ticket.is_stream)
+        about = About(ticket.key, ticket.endpoint.value, ticket.owner, ticket.is_stream)
         self._opening = self.entry("open", about=about)
         self._task = asyncio.create_task(self._write_on(), name="flight-publisher")
 
@@ -483,7 +496,7 @@ class _LogBook:
         self._token, self._next = entry.token, 1
         flight, about = self._flight, entry.about
         if not flight.ticket.key:  # found by its uid alone
-            flight.ticket = Ticket(about.key, Endpoint(about.endpoint), about.tenant, about.is_stream, True, True)
+            flight.ticket = Ticket(about.key, Endpoint(about.endpoint), about.owner, about.is_stream, True, True)
         if not flight.events:
             flight.is_stream = about.is_stream
         self._splice = wire.Splice(flight.ticket.endpoint, flight.events) if flight.events else None

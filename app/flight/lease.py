@@ -6,6 +6,8 @@ another took meanwhile, is told so by its next write, which is not made (`LeaseL
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,16 +47,18 @@ class Leases:
 
     async def board(self, key: str, uid: str) -> Boarded:
         """Lead the flight of this key if nobody does, else be noted as a follower. Raises RedisDown."""
-        token = secrets.token_hex(8)
-        leads, found, inherited = await self.run(
-            "board",
-            [
-                names.lease(self._namespace, key),
-                names.current(self._namespace, key),
-                names.riders(self._namespace, key),
-            ],
-            [token, uid, self.lease_ms, self.keep_ms, self.process, _BELIEVED_LEASES * self.lease_ms],
-        )
+        token, named = secrets.token_hex(8), (names.lease, names.current, names.riders)
+        keys = [name(self._namespace, key) for name in named]
+        arguments = [token, uid, self.lease_ms, self.keep_ms, self.process, _BELIEVED_LEASES * self.lease_ms]
+        asking = asyncio.ensure_future(self.run("board", keys, arguments))
+        try:
+            leads, found, inherited = await asyncio.shield(asking)
+        except asyncio.CancelledError:  # who left meanwhile must not hold a lease that nobody renews
+            with contextlib.suppress(RedisDown):
+                leads, found, _ = await asking  # bounded, as every question to Redis is
+                if leads:
+                    await Lease(self, self._namespace, key, _text(found), token).abandon()
+            raise
         uid = _text(found)
         return Boarded(uid, Lease(self, self._namespace, key, uid, token) if leads else None, bool(inherited))
 

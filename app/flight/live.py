@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import hmac
 import logging
 from collections.abc import Callable
 from typing import Any, Literal
@@ -61,7 +62,7 @@ class About(msgspec.Struct, frozen=True, array_like=True):
 
     key: str
     endpoint: str
-    tenant: str
+    owner: str
     is_stream: bool
 
 
@@ -97,7 +98,7 @@ class Seal:
     def open(self, value: bytes, uid: str) -> Entry | None:
         """The entry, or None: foreign, broken, or signed by somebody else."""
         tag, content = value[:_MAC_BYTES], value[_MAC_BYTES:]
-        if tag != self._tag(uid, content):
+        if not hmac.compare_digest(tag, self._tag(uid, content)):
             return None
         try:
             return _decode(content)

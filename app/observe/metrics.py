@@ -27,6 +27,12 @@ engine_ready = Gauge("refrain_engine_ready", "1 while the engine takes calls, el
 engine_restarts = Gauge("refrain_engine_restarts", "Times the engine died and was started again.")
 in_flight = Gauge("refrain_generations_in_flight", "Generations that are running or queued for this server's clients.")
 left = Counter("refrain_clients_left_total", "Clients that went away before their answer was complete.")
+reused = Counter(
+    "refrain_cache_reused_total", "Hits on an answer that was made for a call of another shape, by rule.", ["rule"]
+)
+pool_draws = Counter("refrain_cache_pool_draws_total", "Calls that drew from a pool of sampled answers.")
+refreshed = Counter("refrain_cache_refreshes_total", "Recordings past their time that were generated anew.")
+spared_refusals = Counter("refrain_refusals_spared_total", "Calls refused from memory, without asking the engine.")
 boarded = Counter(
     "refrain_flight_boardings_total",
     "Calls that began a generation (leader), shared one (follower), or carried one on (takeover).",

@@ -10,6 +10,7 @@ from app.domain import Endpoint
 from app.errors import Incomplete
 from app.wire import chat, completions, embeddings, messages, responses, sse
 from app.wire.ends import is_last, split
+from app.wire.shorten import fewer, shorten
 from app.wire.splice import Splice
 from app.wire.stamp import Identity
 
@@ -17,6 +18,8 @@ __all__ = [
     "Identity",
     "Splice",
     "check_body",
+    "ended_by_itself",
+    "fewer",
     "fold",
     "freshen",
     "identity",
@@ -24,6 +27,7 @@ __all__ = [
     "is_last",
     "named",
     "new_id",
+    "shorten",
     "split",
     "split_usage",
     "unfold",
@@ -89,6 +93,14 @@ def identity_of(endpoint: Endpoint, content: bytes) -> Identity | None:
 def freshen(endpoint: Endpoint, content: bytes, old: Identity, new: Identity, request_body: dict[str, Any]) -> bytes:
     """The same body or concatenated events under a new identity; responses also repeat the new request's echoes."""
     return _WIRES[endpoint].freshen(content, old, new, request_body)
+
+
+def ended_by_itself(endpoint: Endpoint, body: dict[str, Any]) -> bool:
+    """Whether no choice of this body was cut short by a limit; False where that cannot be told."""
+    if endpoint is Endpoint.MESSAGES:
+        return body.get("stop_reason") in ("end_turn", "stop_sequence", "tool_use")
+    choices = body.get("choices") or ()
+    return bool(choices) and all(choice.get("finish_reason") in ("stop", "tool_calls") for choice in choices)
 
 
 def new_id(endpoint: Endpoint) -> str:

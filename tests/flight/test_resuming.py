@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import secrets
+import ssl
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,6 +20,8 @@ from tests.conftest import Running, chat, until
 from tests.flight.asking import CHAT, Asking, on_loop, script_of
 
 RESUME_S = 20.0
+# Made once: reading the machine's certificates for every client would be most of a test.
+NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 PATHS: dict[str, dict[str, Any]] = {
     CHAT: {"model": "scripted", "messages": [{"role": "user", "content": "hi"}]},
     "/v1/completions": {"model": "scripted", "prompt": "hi"},
@@ -44,7 +47,7 @@ def events(response: httpx.Response, most: int | None = None) -> Iterator[tuple[
 
 def cut(url: str, path: str, body: dict[str, Any], most: int, **headers: str) -> list[tuple[str | None, bytes]]:
     with (
-        httpx.Client(base_url=url, timeout=30, verify=False) as client,
+        httpx.Client(base_url=url, timeout=30, verify=NO_TLS) as client,
         client.stream("POST", path, json=body | {"stream": True}, headers=headers) as response,
     ):
         assert response.status_code == 200
@@ -54,7 +57,7 @@ def cut(url: str, path: str, body: dict[str, Any], most: int, **headers: str) ->
 def rest(url: str, seen: str, **headers: str) -> httpx.Response:
     """The rest of a stream by its id."""
     stream_id = position(seen).stream_id
-    with httpx.Client(base_url=url, timeout=30, verify=False) as client:
+    with httpx.Client(base_url=url, timeout=30, verify=NO_TLS) as client:
         return client.get(f"/v1/streams/{stream_id}", headers={"last-event-id": seen} | headers)
 
 
