@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,18 @@ class Found:
     errors: int = 0
     cut_by_a_kill: int = 0
     by_status: Counter[str] = field(default_factory=Counter)
-    generations: dict[str, set[str]] = field(default_factory=dict)
-    kills: list[tuple[float, int]] = field(default_factory=list)
-    more_than_takeovers: int = 0
+    # key -> token of its leader -> when it began, unix seconds
+    generations: dict[str, dict[str, float]] = field(default_factory=dict)
+    kills: list[float] = field(default_factory=list)
+
+    @property
+    def unexplained(self) -> int:
+        """Generations that began again although nobody had been killed since the key's last one began."""
+        return sum(
+            not any(before <= kill <= after for kill in self.kills)
+            for leaders in self.generations.values()
+            for before, after in pairwise(sorted(leaders.values()))
+        )
 
 
 class Fleet:
@@ -174,10 +184,11 @@ async def count_generations(url: str, found: Found) -> None:
     while True:
         async for name in client.scan_iter(match=names.live(NAMESPACE, "*").replace("{*}", "*"), count=1000):
             uid = name.decode().rsplit(":", 1)[1]
-            for _, members in await client.xrange(name):
+            for ident, members in await client.xrange(name):
                 entry = seal.open(members[b"e"], uid)
                 if entry is not None and entry.kind == "open" and entry.about is not None:
-                    found.generations.setdefault(entry.about.key, set()).add(entry.token)
+                    began = int(ident.partition(b"-")[0]) / 1000
+                    found.generations.setdefault(entry.about.key, {})[entry.token] = began
         await asyncio.sleep(0.25)
 
 
@@ -232,7 +243,7 @@ async def chaos(plan: Plan, fleet: Fleet, chance: random.Random) -> Found:
                 victim = chance.randrange(2)
                 await asyncio.gather(fleet.ready(client, 0), fleet.ready(client, 1))
                 fleet.kill(victim)
-                found.kills.append((time.monotonic() - began, victim))
+                found.kills.append(time.time())
                 await asyncio.sleep(chance.uniform(0, 1.0))
                 fleet.start(victim)
 
@@ -243,8 +254,6 @@ async def chaos(plan: Plan, fleet: Fleet, chance: random.Random) -> Found:
         await asyncio.sleep(0.5)
         counting.cancel()
         await asyncio.gather(counting, return_exceptions=True)
-    # A generation lasts two seconds and a takeover begins it again, so a key may see the kills of a few seconds.
-    found.more_than_takeovers = sum(len(tokens) > 1 + len(found.kills) for tokens in found.generations.values())
     return found
 
 
@@ -271,6 +280,7 @@ def run(*, quick: bool, rounds: int | None, save: bool) -> dict[str, Any]:
         ("keys generated", len(found.generations)),
         ("generations", generations),
         ("of them takeovers", generations - len(found.generations)),
+        ("of them without a kill", found.unexplained),
         ("seconds", seconds),
     ]
     report.table(f"seed {seed}", ["", "count"], rows)
@@ -286,5 +296,6 @@ def run(*, quick: bool, rounds: int | None, save: bool) -> dict[str, Any]:
         kills=len(found.kills),
         keys=len(found.generations),
         generations=generations,
+        unexplained=found.unexplained,
         seconds=round(seconds, 1),
     )

@@ -74,8 +74,8 @@ class Flights:
     ) -> Iterator[Seat]:
         """A seat on the flight of this key, which begins if there is none. Leaving the context leaves the flight."""
         flight = self._by_key.get(ticket.key) if ticket.is_shared else None
-        is_first = flight is None
-        if flight is None:
+        is_first = flight is None or flight.is_over
+        if flight is None or flight.is_over:
             flight = Flight(ticket, names.new_uid(ticket.key), ticket.is_stream)
             self._by_key[ticket.key] = self._by_uid[flight.uid] = flight
             flight.pilot = self._spawn(self._pilot(flight, takeoff), "flight")

@@ -6,6 +6,7 @@ into other chunks. `Splice` compares the two by what they say and lets through o
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -28,6 +29,7 @@ class Splice:
     def __init__(self, endpoint: Endpoint, sent: Iterable[bytes]) -> None:
         self._endpoint = endpoint
         self._said: dict[Channel, str] = {}
+        self._silences: Counter[tuple[Channel, int]] = Counter()
         self._marks: set[Channel] = set()
         self._names: list[str] = []
         self._renamed: dict[bytes, bytes] = {}
@@ -42,7 +44,9 @@ class Splice:
             self._number = max(self._number, document.get("sequence_number", -1) + 1)
             self._note_names(document, self._names)
             for channel, text in _texts(self._endpoint, document):
-                self._said[channel] = self._said.get(channel, "") + text
+                said = self._said.get(channel, "")
+                self._silences[channel, len(said)] += not text
+                self._said[channel] = said + text
             self._marks |= _marks(self._endpoint, document)
 
     def fit(self, event: bytes) -> bytes | None:
@@ -57,7 +61,11 @@ class Splice:
         self._rename(document)
         texts, marks = list(_texts(self._endpoint, document)), _marks(self._endpoint, document)
         fresh = [self._fresh(channel, text) for channel, text in texts]
-        if not marks - self._marks and not any(fresh):
+        is_fresh = [
+            bool(new) or self._is_fresh_silence(channel, text)
+            for new, (channel, text) in zip(fresh, texts, strict=True)
+        ]
+        if not marks - self._marks and not any(is_fresh):
             return None
         self._marks |= marks
         if fresh != [text for _, text in texts]:
@@ -65,6 +73,14 @@ class Splice:
                 raise Diverged("the chunks of the two streams differ, and each names its tokens")
             event = _with_texts(self._endpoint, document, fresh)
         return self._in_old_names(event)
+
+    def _is_fresh_silence(self, channel: Channel, text: str) -> bool:
+        """An event that says nothing, where what was sent had none (any more): such a one can mean something too."""
+        at = len(self._again[channel])
+        if text or at < len(self._said.get(channel, "")):
+            return False
+        self._silences[channel, at] -= 1
+        return self._silences[channel, at] < 0
 
     def _fresh(self, channel: Channel, text: str) -> str:
         """What of this text was not said before on its channel."""
