@@ -38,9 +38,11 @@ _LABELS = {
 
 
 class CacheStatus(StrEnum):
-    """What `x-cache` says: answered from a recording, generated, or kept apart from the cache."""
+    """What `x-cache` says: answered from a recording (perhaps past its time), with another call's generation, ..."""
 
     HIT = "hit"
+    STALE = "stale"
+    SHARED = "shared"
     MISS = "miss"
     BYPASS = "bypass"
 
@@ -91,6 +93,8 @@ class Timings:
     decode_s: float | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    # Tokens in the events that a stream has brought so far; what is counted above may already be ahead of them.
+    streamed_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -115,6 +119,7 @@ class Reply:
     weights: str
     key: str | None = None
     age_s: int | None = None
+    stream_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ AppError                      has a public face: message · status · type · co
 │   ├─ BadCall 400            UnsupportedEndpoint
 │   ├─ Unauthenticated 401 · Forbidden 403 · UnknownModel 404 · NotFound 404
 │   ├─ BodyTimedOut 408 · BodyTooLarge 413 · NotJson 415
+│   ├─ StreamLost 410 · KeyReused 422
 │   └─ RateLimited 429
 ├─ Busy         (503)         Draining, Loading: come back after `retry_after_s`
 ├─ SwapFailed   (409)         other weights or an adapter could not be served: AdapterFailed
@@ -111,6 +112,21 @@ class NotJson(Refused):
     code = "unsupported_media_type"
 
 
+class StreamLost(Refused):
+    """Raised when a stream cannot go on where its client was: only a new one would be whole."""
+
+    status = 410
+    code = "stream_lost"
+
+
+class KeyReused(Refused):
+    """Raised for an `Idempotency-Key` that was used with another body."""
+
+    status = 422
+    type = "idempotency_error"
+    code = "idempotency_key_reused"
+
+
 class RateLimited(Refused):
     status = 429
     type = "rate_limit_error"
@@ -193,6 +209,14 @@ class BrokenRecording(RoomError):
 
 class Incomplete(RoomError):
     """Raised when an answer is not a complete, successful one and so must not be recorded."""
+
+
+class LeaseLost(RoomError):
+    """Raised when another server holds the lease of a flight by now: what we still say of it must not be heard."""
+
+
+class Diverged(RoomError):
+    """Raised when a generation made again is no continuation of what clients were sent already."""
 
 
 class StartRefused(Exception):

@@ -29,6 +29,7 @@ from app.cache.store import Store
 from app.domain import Weights
 from app.engine import Engine, cpu, room_for
 from app.errors import StartRefused
+from app.flight.flights import Flights
 from app.gate.keys import Gate, KeyFile
 from app.observe.access import AccessLog
 from app.service import Service
@@ -61,10 +62,12 @@ def create_app(
     """
     gate = open_gate(settings)
     redis = EmbeddedRedis(settings) if settings.redis_url is None else None
-    link = Link(settings, settings.redis_url.get_secret_value() if settings.redis_url else redis.url)  # type: ignore[union-attr]
+    url = settings.redis_url.get_secret_value() if settings.redis_url else redis.url  # type: ignore[union-attr]
+    link = Link(settings, url)
+    flights = Flights(settings, link, url, is_alone=redis is not None)
     adapters = [find_adapter(settings, name, weights) for name in settings.adapter_names]
     first = engine or make_engine(settings, weights, on_progress, adapters=adapters)
-    service = Service(settings, weights, first, Store(settings, link), adapters)
+    service = Service(settings, weights, first, Store(settings, link), flights, adapters)
     in_use = InUse(settings.home / "serving")
     swapper = Swapper(service, sources or swap_sources(settings), watch_s=settings.watch_s, tell=in_use.tell)
 
@@ -87,6 +90,7 @@ def create_app(
             stack.callback(in_use.end)
             stack.push_async_callback(swapper.close)
             await swapper.start()
+            stack.push_async_callback(flights.close)
             yield
 
     app = FastAPI(

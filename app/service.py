@@ -1,52 +1,85 @@
 """The journey of a call. Read it from top to bottom; every other room is a detail of one of its steps.
 
 ```
-1. plan      for which weights is it? is its answer anybody else's too?     serving, cache.key, cache.policy
-2. recall    an answer that was given before                               cache.store
-3. wait      while weights are swapped, and for an engine that still loads, within bounds                 engine.state
-4. generate  the engine's answer, live                                     engine
-5. record    if it ended well, and before its client sees the end          cache.store
+1. plan      for which weights is it? is its answer anybody else's too?           serving, cache.key, cache.policy
+2. recall    an answer that was given before                                     cache.store, replay
+3. board     a generation of this very answer that is under way, or begin one    flight
+4. wait      while weights are swapped, and for an engine that still loads       serving, engine.state
+5. generate  the engine's answer, live                                           engine
+6. record    if it ended well, and before its clients see the end                cache.store
 ```
-What is refused is refused before the first byte. Nothing here knows HTTP, Redis or vLLM.
+Steps 4 to 6 are the flight's own and run in its task, for everybody aboard. What is refused is refused before the
+first byte. Nothing here knows HTTP, Redis or vLLM.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from typing import Any
 
 from app import wire
+from app.cache import reuse
+from app.cache.explain import Explanation, explain
 from app.cache.key import cache_key, is_deterministic, why_uncacheable
 from app.cache.near import Held
-from app.cache.policy import Directives
+from app.cache.policy import NONE, Directives
 from app.cache.recording import Recording
+from app.cache.refusals import Refusals
+from app.cache.reuse import Rule, Shape, reads_the_same_streamed
 from app.cache.store import Slot, Store, age_s, jittered
-from app.domain import Answer, CacheStatus, Call, Endpoint, Form, Reply, Timings, Weights
+from app.domain import CacheStatus, Call, Caller, Endpoint, Form, Reply, Timings, Weights
 from app.engine import Engine, Phase
-from app.errors import Draining, Incomplete, NotCached, UnknownModel
+from app.errors import AppError, BadCall, Draining, Incomplete, NotCached, NotFound, UnknownModel
+from app.flight.flight import Flight, Ticket, lost
+from app.flight.flights import Flights
+from app.flight.names import Position
+from app.flight.ride import Ride
 from app.observe import metrics
+from app.replay import (
+    Kept,
+    asking_for_token_ids,
+    counts_choices,
+    cut_to_measure,
+    in_engine_form,
+    in_form,
+    recording_of,
+    replayed,
+    timings_of,
+    without_token_ids,
+)
 from app.serving import Catalog, Serving
 from app.settings import Settings
 
-# The closing usage event is asked of the engine for each of these streams, since a later client may want it.
-_USAGE_ON_REQUEST = (Endpoint.CHAT, Endpoint.COMPLETIONS)
+# In place of a tenant where everybody shares; no tenant can be called so.
+EVERYBODY = "*"
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Which weights answer one call, and what the cache may do for it. Without a slot: nothing, for this reason."""
+    """Which weights answer one call, and what the cache may do for it. Without a slot: nothing, for this reason.
+
+    The slot is its family's; there may be one of its own beside it (`exact`), for what the family's does not serve.
+    """
 
     serving: Serving
     slot: Slot | None
+    shape: Shape
     may_read: bool
     may_write: bool
     directives: Directives
     bypass_reason: str | None = None
+    samples: int = 0
+
+    @property
+    def exact(self) -> Slot | None:
+        return replace(self.slot, key=self.shape.key(self.slot.key)) if self.slot else None
 
     @property
     def status(self) -> CacheStatus:
@@ -54,16 +87,57 @@ class Plan:
         return CacheStatus.MISS if self.slot and self.may_write else CacheStatus.BYPASS
 
 
+@dataclass(frozen=True, slots=True)
+class Boarding:
+    """A client aboard a flight. `status` is what is known at once, and is the reply's unless another server leads."""
+
+    ride: Ride
+    status: CacheStatus
+    weights: str
+    key: str | None
+    alone: Callable[[], Awaitable[Reply]] | None = None
+    instead: Callable[[AppError], Awaitable[Reply]] | None = None
+
+    @property
+    def endpoint(self) -> Endpoint:
+        return self.ride.seat.flight.ticket.endpoint
+
+    async def reply(self) -> Reply:
+        """Raises AppError: refused or broken before there was anything to send."""
+        try:
+            answer = await self.ride.answer()
+        except Incomplete:  # the shared stream has no body in it (a tool's input that was cut short)
+            if self.alone is None:
+                raise
+            return await self.alone()
+        except AppError as error:
+            if self.instead is None:
+                raise
+            return await self.instead(error)
+        status = self.status if self.ride.seat.flight.is_led_here else CacheStatus.SHARED
+        metrics.child(metrics.calls, self.endpoint.label, status.value).inc()
+        return Reply(answer, status, self.weights, self.key, stream_id=self.ride.stream_id)
+
+
 class Service:
     """What is served, and one cache. Other weights come in by a new `catalog`; calls keep what they were planned on."""
 
     def __init__(
-        self, settings: Settings, weights: Weights, engine: Engine, store: Store, adapters: Sequence[Weights] = ()
+        self,
+        settings: Settings,
+        weights: Weights,
+        engine: Engine,
+        store: Store,
+        flights: Flights,
+        adapters: Sequence[Weights] = (),
     ) -> None:
         self._settings = settings
         base = Serving(weights, engine)
         self.catalog = Catalog(base, {each.name: Serving(each, engine, base) for each in adapters})
         self.store = store
+        self.flights = flights
+        self.claims = flights.claims
+        self._refusals = Refusals(settings.cache_negative_s)
         self.is_draining = False
         self._open = asyncio.Event()
         self._open.set()
@@ -101,33 +175,66 @@ class Service:
         if serving is None:  # an adapter that was unloaded a moment ago
             raise UnknownModel(f"the model `{call.body['model']}` is not served any more", param="model")
         weights = serving.weights
-        reason = self._why_bypass(call, weights)
+        reason = self._why_bypass(call, weights, directives)
         if reason is not None:
             metrics.bypasses.labels(reason).inc()
-            return Plan(serving, None, False, False, directives, reason)
-        key = cache_key(call, weights, tenant=call.caller.tenant)
-        slot = Slot(call.caller.tenant, weights.name, key)
-        return Plan(serving, slot, not directives.no_cache, not directives.no_store, directives)
+            return Plan(serving, None, Shape(), False, False, directives, reason)
+        relaxed, shape = reuse.family(call)
+        key = cache_key(relaxed, weights, tenant=self._scope(call.caller))
+        whose = EVERYBODY if self._settings.cache_scope == "global" else call.caller.tenant
+        slot = Slot(whose, weights.name, key)
+        samples = 0 if is_deterministic(call, weights) else self._samples(directives)
+        return Plan(serving, slot, shape, not directives.no_cache, not directives.no_store, directives, samples=samples)
 
-    async def board(self, call: Call, plan: Plan) -> Plan:
+    async def _up_to_date(self, call: Call, plan: Plan) -> Plan:
         """A plan on weights that take new calls: `plan` itself, or a new one if others have come in meanwhile.
 
-        Waits while a swap holds calls. Hold the plan's serving before the next `await`, and keep it until the answer
-        is out: that is what keeps its engine alive.
+        Waits while a swap holds calls. Its serving is to be held before the next `await`: that is what keeps an
+        engine alive.
         """
-        if plan.serving.is_retired:
-            await self._open.wait()
-            plan = self.plan(call, plan.directives)
-            if plan.serving.is_retired:  # the swap was cut off: the server stops
-                raise Draining("the server is shutting down", retry_after_s=5)
-        return plan
+        if not plan.serving.is_retired:
+            return plan
+        await self._open.wait()
+        anew = self.plan(call, plan.directives)
+        if anew.serving.is_retired:  # the swap was cut off: the server stops
+            raise Draining("the server is shutting down", retry_after_s=5)
+        if plan.slot is not None and plan.slot.ttl_s is not None:  # the place of an Idempotency-Key, whoever answers
+            return replace(plan, serving=anew.serving)
+        return self.drawn(call, anew)
 
     async def boarded(self, model: str | None) -> Serving | None:
         """What serves `model` and takes calls, when a swap does not hold them; None where nothing is called that."""
         await self._open.wait()
         return self.catalog.of(model)
 
-    def _why_bypass(self, call: Call, weights: Weights) -> str | None:
+    def _scope(self, caller: Caller) -> str:
+        """The name, in every key, of those who share answers; no tenant is called like another scope's."""
+        if self._settings.cache_scope == "tenant":
+            return caller.tenant
+        return EVERYBODY if self._settings.cache_scope == "global" else f"{caller.tenant}:{caller.key_id}"
+
+    def _samples(self, directives: Directives) -> int:
+        return self._settings.cache_samples if directives.samples is None else directives.samples
+
+    def drawn(self, call: Call, plan: Plan) -> Plan:
+        """For a call that draws from a pool of sampled answers: the plan for the one that it drew.
+
+        Each answer of the pool has a place of its own and is generated when it is first drawn. So the draw is
+        uniform from the first call on, and a call is generated only where its answer is not there yet.
+        """
+        if not plan.samples or plan.slot is None:
+            return plan
+        metrics.pool_draws.inc()
+        sticky = self._settings.cache_samples_sticky if plan.directives.sticky is None else plan.directives.sticky
+        user = call.body.get("user")
+        if sticky and isinstance(user, str):
+            number = int(sha256(f"{plan.slot.key} {user}".encode()).hexdigest(), 16) % plan.samples
+        else:
+            number = secrets.randbelow(plan.samples)
+        key = sha256(f"{plan.shape.key(plan.slot.key)} sample {number}".encode()).hexdigest()
+        return replace(plan, slot=replace(plan.slot, key=key), shape=Shape())
+
+    def _why_bypass(self, call: Call, weights: Weights, directives: Directives) -> str | None:
         if self._settings.cache == "off":
             return "off"
         if reason := why_uncacheable(call, weights):
@@ -138,9 +245,30 @@ class Service:
             and call.body.get("store") is not False
         ):
             return "stored"  # its id must be one that the engine can be asked for
-        if self._settings.cache == "deterministic" and not is_deterministic(call, weights):
+        if (
+            self._settings.cache == "deterministic"
+            and not self._samples(directives)
+            and not is_deterministic(call, weights)
+        ):
             return "not_deterministic"
         return None
+
+    async def claimed(self, call: Call, plan: Plan, idempotency_key: str) -> Plan:
+        """The plan under an `Idempotency-Key`: what may not be shared with others is shared with its own retries.
+
+        Raises:
+            KeyReused: the key was used with another body. BadCall: it is no key.
+        """
+        key = await self.claims.claim(call, idempotency_key)
+        if plan.slot is not None and plan.may_read and plan.may_write and not plan.samples:
+            return plan  # its retries get the same as everybody
+        slot = Slot(call.caller.tenant, plan.serving.weights.name, key, ttl_s=self._settings.idempotency_ttl_s)
+        return replace(plan, slot=slot, shape=Shape(), may_read=True, may_write=True, directives=NONE, samples=0)
+
+    def explain(self, call: Call, directives: Directives) -> Explanation:
+        """What the key of this call is made of, or why it has none."""
+        reason = self._why_bypass(call, self.weights, directives)
+        return explain(call, self.weights, scope=self._scope(call.caller), reason=reason)
 
     # 2 -------------------------------------------------------------------------------------------
 
@@ -152,60 +280,207 @@ class Service:
         """
         began = time.perf_counter()
         if plan.slot is not None and plan.may_read:
-            held = await self.store.find(plan.slot)
+            held, _ = await self._find(plan)
             if held is not None and plan.directives.accepts(age := age_s(held.recording)):
-                found = held.recording
-                metrics.hits.add(call.endpoint.label, found.prompt_tokens, found.completion_tokens, found.seconds)
-                answer = _replay(held, call)
-                answer.timings.cache_s = time.perf_counter() - began
-                return Reply(answer, CacheStatus.HIT, plan.serving.weights.short, plan.slot.key, int(age))
+                stale_s = self._stale_s(plan, age)
+                if stale_s <= self._settings.cache_stale_while_revalidate_s:
+                    if stale_s > 0:
+                        self._refresh(call, plan)
+                    reply = self._replayed(call, plan, held, CacheStatus.STALE if stale_s > 0 else CacheStatus.HIT)
+                    reply.answer.timings.cache_s = time.perf_counter() - began
+                    return reply
         if plan.directives.only_if_cached:
             raise NotCached("the answer is not in the cache, and the request allows nothing else")
         return None
 
-    # 3, 4, 5 -------------------------------------------------------------------------------------
+    def _replayed(self, call: Call, plan: Plan, held: Held, status: CacheStatus) -> Reply:
+        found = held.recording
+        metrics.hits.add(call.endpoint.label, status.value, found.prompt_tokens, found.completion_tokens, found.seconds)
+        key = plan.slot.key if plan.slot else None
+        return Reply(replayed(held, call), status, found.weights, key, int(age_s(found)))
 
-    async def generate(self, call: Call, plan: Plan, *, looked_s: float) -> Reply:
-        """The engine's answer; recorded on its way out where the plan allows it. `looked_s` went into `recall`.
+    def _stale_s(self, plan: Plan, age: float) -> float:
+        """Seconds past its time; without a setting that gives a recording more, Redis ends it in time."""
+        if (
+            plan.slot is None
+            or plan.slot.ttl_s is not None
+            or self._settings.cache_keep_s == self._settings.cache_ttl_s
+        ):
+            return 0.0
+        return age - self._settings.cache_ttl_s
+
+    def _refresh(self, call: Call, plan: Plan) -> None:
+        metrics.refreshed.inc()
+        anew = replace(plan, directives=replace(plan.directives, max_age_s=self._settings.cache_ttl_s))
+        self.flights.launch(self._ticket(call, plan), lambda flight: self._flown(call, anew, flight))
+
+    async def _instead(self, call: Call, plan: Plan, error: AppError) -> Reply:
+        """A recording past its time, where generating anew failed. Raises the error where there is none."""
+        if error.status >= 500 and self._settings.cache_stale_if_error_s and plan.may_read:
+            held, _ = await self._find(plan)
+            age = age_s(held.recording) if held is not None else float("inf")
+            is_good_enough = self._stale_s(plan, age) <= self._settings.cache_stale_if_error_s
+            if held is not None and is_good_enough and plan.directives.accepts(age):
+                return self._replayed(call, plan, held, CacheStatus.STALE)
+        raise error
+
+    async def _find(self, plan: Plan) -> tuple[Held | None, Recording | None]:
+        """The recording that serves this call, made to its measure; and what stands in its family's place."""
+        if plan.slot is None:
+            return None, None
+        standing = await self.store.find(plan.slot)
+        if standing is None:
+            return None, None
+        fitting = _fitted(standing, plan)
+        if fitting is None and (exact := plan.exact) is not None and exact != plan.slot:
+            own = await self.store.find(exact)
+            fitting = _fitted(own, plan) if own is not None else None
+        return fitting, standing.recording
+
+    # 3 -------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def aboard(
+        self, call: Call, plan: Plan, *, looked_s: float, position: Position | None = None
+    ) -> AsyncIterator[Boarding]:
+        """A seat on the flight that answers this call; leaving the context gives it up.
+
+        `looked_s` went into `recall`. With a position the client comes back to a stream that it lost.
 
         Raises:
-            AppError: refused or broken before there was anything to send. Cancelling frees the engine.
+            StreamLost: its stream is gone, and generating again would not give the same.
         """
-        began = time.perf_counter()
-        engine = plan.serving.engine
-        await engine.state.ready(self._settings.loading_wait_s)
-        with metrics.in_flight.track_inprogress():
-            answer = await engine.answer(_asking_for_usage(call))
-        answer.timings.cache_s = looked_s
-        if answer.body is not None:
-            await self._record_body(call, plan, answer.body, answer.timings, began)
-        else:
-            answer = replace(answer, events=self._recorded(call, plan, answer, began))
-        metrics.child(metrics.calls, call.endpoint.label, plan.status.value).inc()
-        return Reply(answer, plan.status, plan.serving.weights.short, plan.slot.key if plan.slot else None)
+        timings = Timings(cache_s=looked_s)
+        if position is not None:
+            async with self.flights.resume(position, self._owned_by(call.caller)) as seat:
+                if seat is not None:
+                    metrics.child(metrics.resumed, "flight").inc()
+                    ride = Ride(seat, True, position.wants_usage, call.body, timings)
+                    key = plan.slot.key if plan.slot else None
+                    yield Boarding(ride, CacheStatus.SHARED, seat.flight.ticket.weights, key)
+                    return
+            if not self._ticket(call, plan).is_shared:
+                raise lost()
+            metrics.child(metrics.resumed, "again").inc()
+        plan = await self._up_to_date(call, plan)
+        ticket = self._ticket(call, plan)
+        if ticket.is_shared:
+            self._refusals.check(f"{ticket.key} {ticket.is_stream}")
+        with self.flights.board(
+            ticket,
+            lambda flight: self._flown(call, plan, flight),
+            is_streaming=call.is_streaming,
+            position=position,
+        ) as seat:
+            if seat.is_first and seat.flight.pilot is not None:
+                plan.serving.hold_until(seat.flight.pilot)
+            wants_usage = position.wants_usage if position else call.wants_usage_event
+            ride = Ride(seat, call.is_streaming, wants_usage, call.body, timings)
+            status = plan.status if seat.is_first else CacheStatus.SHARED
+            yield Boarding(
+                ride,
+                status,
+                plan.serving.weights.short,
+                plan.slot.key if plan.slot else None,
+                alone=lambda: self._alone(call, plan),
+                instead=lambda error: self._instead(call, plan, error),
+            )
+            if seat.flight.is_finished and not (seat.is_first and seat.flight.is_led_here):
+                metrics.hits.save(seat.flight.timings.prompt_tokens or 0, seat.flight.timings.completion_tokens or 0)
 
-    async def _recorded(self, call: Call, plan: Plan, answer: Answer, began: float) -> AsyncGenerator[bytes, None]:
-        """The live events, kept as they pass. The recording is made before the last one is handed on, so a
-        client that has seen the end and asks again is answered from it."""
-        assert answer.events is not None  # noqa: S101 - a stream, by the only caller
-        kept: list[bytes] | None = [] if plan.slot and plan.may_write else None
-        kept_bytes = 0
+    @asynccontextmanager
+    async def back_aboard(self, position: Position | None, caller: Caller) -> AsyncIterator[Boarding]:
+        """A seat on the flight of a stream that this client lost, from there on. Raises NotFound."""
+        if position is None:
+            raise NotFound("this is no id of a stream")
+        async with self.flights.resume(position, self._owned_by(caller)) as seat:
+            if seat is None:
+                raise NotFound("there is no such stream any more; ask again")
+            metrics.child(metrics.resumed, "flight").inc()
+            ride = Ride(seat, True, position.wants_usage, {}, Timings())
+            yield Boarding(ride, CacheStatus.SHARED, seat.flight.ticket.weights, None)
+
+    async def _alone(self, call: Call, plan: Plan) -> Reply:
+        """A body generated for this call by itself. Raises AppError."""
+        async with self.aboard(call, replace(plan, slot=None), looked_s=0.0) as boarding:
+            return await boarding.reply()
+
+    def _ticket(self, call: Call, plan: Plan) -> Ticket:
+        """Calls that may read and write the same entry share a flight; every other has one of its own."""
+        is_shared = plan.slot is not None and plan.may_read and plan.may_write
+        is_recorded = plan.slot is not None and plan.may_write
+        is_stream = call.is_streaming or (is_recorded and reads_the_same_streamed(call))
+        is_kept = self._settings.stream_resume_s > 0 and is_stream and not plan.directives.no_store
+        key = plan.exact.key if plan.exact is not None and is_shared else secrets.token_hex(32)
+        shared_by, own = self._owned_by(call.caller)
+        owner = shared_by if is_shared else own
+        return Ticket(key, call.endpoint, owner, plan.serving.weights.short, is_stream, is_shared, is_kept)
+
+    def _owned_by(self, caller: Caller) -> tuple[str, str]:
+        """Whose streams a caller may come back to: those of all that share answers with it, and its tenant's own."""
+        return f"scope {self._scope(caller)}", f"tenant {caller.tenant}"
+
+    # 4, 5, 6 -------------------------------------------------------------------------------------
+
+    async def _flown(self, call: Call, plan: Plan, flight: Flight) -> AsyncGenerator[bytes, None]:
+        """What everybody aboard gets: the engine's events, usage and all, or its one body; recorded on the way.
+
+        Raises:
+            AppError: refused or broken. Cancelling frees the engine.
+        """
+        standing = None
+        if flight.ticket.is_shared:  # it may have landed between the look and the boarding
+            held, standing = await self._find(plan)
+            age = age_s(held.recording) if held is not None else 0.0
+            if held is not None and self._stale_s(plan, age) <= 0 and plan.directives.accepts(age):
+                flight.timings, flight.is_led_here = timings_of(held.recording), False
+                for event in in_form(held.recording, call.endpoint, is_stream=flight.is_stream):
+                    yield event
+                return
+        try:
+            async with aclosing(self._generated(call, plan, flight, standing)) as events:
+                async for event in events:
+                    yield event
+        except BadCall as error:  # the same call will not be better in a moment
+            if flight.ticket.is_shared and not flight.events:
+                self._refusals.remember(f"{flight.ticket.key} {flight.is_stream}", error)
+            raise
+
+    async def _generated(
+        self, call: Call, plan: Plan, flight: Flight, standing: Recording | None
+    ) -> AsyncGenerator[bytes, None]:
+        began, engine = time.perf_counter(), plan.serving.engine
+        await engine.state.ready(self._settings.loading_wait_s)
         with metrics.in_flight.track_inprogress(), plan.serving.hold():
+            is_counted = plan.may_write and counts_choices(call, plan.shape, is_stream=flight.is_stream)
+            asked = in_engine_form(call, is_stream=flight.is_stream)
+            answer = await engine.answer(asking_for_token_ids(asked) if is_counted else asked)
+            flight.timings = answer.timings
+            if answer.body is not None:
+                body, choice_tokens = without_token_ids(answer.body) if is_counted else (answer.body, None)
+                await self._record_body(call, plan, flight, standing, body, choice_tokens, began)
+                yield body
+                return
+            kept = Kept(self._settings.cache_max_entry_bytes * 8)  # it compresses, but not that well
+            assert answer.events is not None  # noqa: S101 - an answer has one form or the other
             async with aclosing(answer.events) as events:  # type: ignore[type-var]
                 async for event in events:
-                    if kept is not None:
-                        kept.append(event)
-                        kept_bytes += len(event)
-                        if kept_bytes > self._settings.cache_max_entry_bytes * 8:  # it compresses, but not that well
-                            metrics.not_recorded.labels("too_large").inc()
-                            kept = None
-                        elif wire.is_last(call.endpoint, event):
-                            await self._record_events(call, plan, kept, answer.timings, began)
-                    if call.wants_usage_event or not _is_usage_event(call.endpoint, event):
-                        yield event
+                    kept.add(event, answer.timings.streamed_tokens)
+                    if wire.is_last(call.endpoint, event):
+                        await self._record_events(call, plan, flight, standing, kept, began)
+                    yield event
 
-    async def _record_body(self, call: Call, plan: Plan, body: bytes, timings: Timings, began: float) -> None:
-        if plan.slot is None or not plan.may_write:
+    async def _record_body(
+        self,
+        call: Call,
+        plan: Plan,
+        flight: Flight,
+        standing: Recording | None,
+        body: bytes,
+        choice_tokens: list[int] | None,
+        began: float,
+    ) -> None:
+        if plan.slot is None or not (plan.may_write and flight.may_record):
             return
         document = json.loads(body)
         try:
@@ -213,102 +488,69 @@ class Service:
         except Incomplete:
             metrics.not_recorded.labels("incomplete").inc()
             return
-        await self._keep(call, plan.slot, Form.BODY, document, (body, b"", b""), timings, began)
+        recording = self._recording(call, plan, Form.BODY, document, (body, b"", b""), began)
+        await self._keep(call, plan, standing, recording.counting(choice_tokens=choice_tokens))
 
-    async def _record_events(self, call: Call, plan: Plan, events: list[bytes], timings: Timings, began: float) -> None:
-        assert plan.slot is not None  # noqa: S101 - nothing is kept without one
+    async def _record_events(
+        self, call: Call, plan: Plan, flight: Flight, standing: Recording | None, kept: Kept, began: float
+    ) -> None:
+        if plan.slot is None or not (plan.may_write and flight.may_record):
+            return
+        if kept.is_too_large:
+            metrics.not_recorded.labels("too_large").inc()
+            return
         try:
-            document = wire.fold(call.endpoint, events)
+            document = wire.fold(call.endpoint, kept.events)
         except Incomplete:
             metrics.not_recorded.labels("incomplete").inc()
             return
-        parts = wire.split_usage(call.endpoint, events)
-        await self._keep(call, plan.slot, Form.EVENTS, document, parts, timings, began)
+        parts = wire.split_usage(call.endpoint, kept.events)
+        recording = self._recording(call, plan, Form.EVENTS, document, parts, began)
+        is_counted = plan.shape.is_cuttable and kept.counts[-1] == recording.completion_tokens
+        await self._keep(call, plan, standing, recording.counting(counts=kept.counts) if is_counted else recording)
 
-    async def _keep(
+    def _recording(
         self,
         call: Call,
-        slot: Slot,
+        plan: Plan,
         form: Form,
         document: dict[str, Any],
         parts: tuple[bytes, bytes, bytes],
-        timings: Timings,
         began: float,
-    ) -> None:
-        prompt_tokens, completion_tokens = wire.usage(call.endpoint, document)
-        ident, created = wire.identity(call.endpoint, document)
-        now = time.time()
-        recording = Recording(
-            form=form,
-            recorded_at=now,
-            ident=ident,
-            created=created,
-            head=parts[0],
-            usage=parts[1],
-            tail=parts[2],
-            prompt_tokens=prompt_tokens,
-            completion_tokens=completion_tokens,
+    ) -> Recording:
+        ttl_s = plan.slot.ttl_s if plan.slot is not None and plan.slot.ttl_s else self._settings.cache_keep_s
+        return recording_of(
+            call,
+            plan.shape,
+            form,
+            document,
+            parts,
             seconds=time.perf_counter() - began,
-            expires_at=now + jittered(self._settings.cache_ttl_s),
+            ttl_s=jittered(ttl_s),
+            weights=plan.serving.weights.short,
         )
-        if await self.store.keep(slot, recording):
+
+    async def _keep(self, call: Call, plan: Plan, standing: Recording | None, recording: Recording) -> None:
+        """In the family's place if it serves all that stands there serves; else beside it."""
+        slot = plan.slot if standing is None or reuse.covers(recording, standing) else plan.exact
+        if slot is not None and await self.store.keep(slot, recording):
             metrics.recorded.labels(call.endpoint.label).inc()
 
 
-# --- pure helpers of the steps, in the order they are used -----------------------------------------
+def _fitted(held: Held, plan: Plan) -> Held | None:
+    """The recording as this plan's call needs it; made once for each shape of call. None: it does not serve it."""
+    shape = plan.shape
 
+    def fit() -> tuple[tuple[Rule | None, Held | None], int]:
+        rule = reuse.rule(held.recording, shape, plan.serving.weights.max_model_len)
+        if rule is None or rule is Rule.SAME or rule is Rule.ENDED:
+            return (rule, None), 0
+        cut = Held(cut_to_measure(held.recording, shape, rule))
+        return (rule, cut), cut.size_bytes
 
-def _replay(held: Held, call: Call) -> Answer:
-    """The recorded answer as this client wants it: either form serves both."""
-    recording = held.recording
-    with_usage = call.is_streaming and call.wants_usage_event
-    replay = held.replay((call.is_streaming, with_usage), lambda: _template(call, recording, with_usage=with_usage))
-    content = replay((wire.new_id(call.endpoint), int(time.time())), call.body)
-    timings = Timings(prompt_tokens=recording.prompt_tokens, completion_tokens=recording.completion_tokens)
-    if call.is_streaming:
-        return Answer(events=_in_pieces(content), timings=timings)
-    return Answer(body=content, timings=timings)
-
-
-def _template(call: Call, recording: Recording, *, with_usage: bool) -> tuple[wire.Template, int]:
-    content = _content(call, recording, with_usage=with_usage)
-    return wire.template(call.endpoint, content, (recording.ident, recording.created)), len(content)
-
-
-def _content(call: Call, recording: Recording, *, with_usage: bool) -> bytes:
-    if call.is_streaming:
-        if recording.form is Form.EVENTS:
-            return recording.content(with_usage=with_usage)
-        head, usage, tail = wire.split_usage(call.endpoint, wire.unfold(call.endpoint, json.loads(recording.head)))
-        return head + usage + tail if with_usage else head + tail
-    if recording.form is Form.EVENTS:
-        folded = wire.fold(call.endpoint, wire.split(recording.content()))
-        return json.dumps(folded, ensure_ascii=False, separators=(",", ":")).encode()
-    return recording.head
-
-
-async def _in_pieces(content: bytes) -> AsyncGenerator[bytes, None]:
-    """Whole events, a few kilobytes at a time, so that a long replay neither blocks the loop nor fills a buffer."""
-    at = 0
-    while at < len(content):
-        end = content.find(b"\n\n", at + _PIECE_BYTES)
-        end = len(content) if end < 0 else end + 2
-        yield content[at:end]
-        at = end
-
-
-_PIECE_BYTES = 8192
-
-
-def _asking_for_usage(call: Call) -> Call:
-    if not call.is_streaming or call.endpoint not in _USAGE_ON_REQUEST:
-        return call
-    options = call.body.get("stream_options")
-    if options is not None and not isinstance(options, dict):
-        return call  # the engine refuses it in its own words
-    return replace(call, body=call.body | {"stream_options": (options or {}) | {"include_usage": True}})
-
-
-def _is_usage_event(endpoint: Endpoint, event: bytes) -> bool:
-    # Quotes inside JSON strings are escaped, so generated text cannot look like this.
-    return endpoint in _USAGE_ON_REQUEST and b'"choices":[],' in event and b'"usage":{' in event
+    rule, cut = held.replay(shape, fit)
+    if rule is None:
+        return None
+    if rule is not Rule.SAME:
+        metrics.child(metrics.reused, rule.value).inc()
+    return cut or held

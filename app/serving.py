@@ -49,6 +49,12 @@ class Serving:
                 if not serving._holders:
                     serving._left.set()
 
+    def hold_until(self, task: asyncio.Task[None]) -> None:
+        """Hold it from now on until the task has ended, whoever awaits that."""
+        holding = self.hold()
+        holding.__enter__()
+        task.add_done_callback(lambda _: holding.__exit__(None, None, None))
+
     async def left(self) -> None:
         """Return when nobody holds it, an adapter's callers counted with their base's."""
         while self._holders:

@@ -124,6 +124,50 @@ class Settings(BaseSettings):
         64, ge=0, description="Memory for recordings that this process holds itself, kept right by Redis; 0: none."
     )
 
+    cache_samples: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="Calls at temperature > 0 without a seed draw from a pool of so many answers; 0: off.",
+    )
+    cache_samples_sticky: bool = Field(
+        False, description="Draws from a pool follow `user`: the same user, the same answer."
+    )
+    cache_secret: SecretStr | None = Field(
+        None,
+        description="Signs what is kept in Redis, so that who can write there cannot plant answers; 16 characters.",
+    )
+    cache_stale_while_revalidate_s: int = Field(
+        0, ge=0, description="How long past its time a recording still answers, while one call refreshes it; 0: not."
+    )
+    cache_stale_if_error_s: int = Field(
+        0, ge=0, description="How long past its time a recording answers where generating anew fails; 0: not."
+    )
+    cache_negative_s: float = Field(
+        0.0, ge=0, description="How long a call that the engine refused for good is refused without asking it; 0: not."
+    )
+    cache_scope: Literal["tenant", "global", "key"] = Field(
+        "tenant",
+        description="Who shares answers: each tenant's callers, everybody, or only calls with the same API key.",
+    )
+    idempotency_ttl_s: int = Field(
+        86_400, gt=0, description="How long an Idempotency-Key stands for the answer that it was first given."
+    )
+
+    # flight
+    flight_lease_s: float = Field(
+        5.0, ge=0.3, description="How long a server that leads a generation may be silent before another takes over."
+    )
+    stream_resume_s: float = Field(
+        0.0, ge=0, description="How long a stream that lost its client goes on and can be resumed; 0: it ends at once."
+    )
+    stream_max_bytes: int = Field(
+        8 * 2**20, gt=0, description="A longer stream is not passed on to other servers beyond this."
+    )
+    stream_keep_bytes: int = Field(
+        64 * 2**20, gt=0, description="Memory for finished streams that can still be resumed; the oldest go first."
+    )
+
     # redis
     redis_url: SecretStr | None = Field(
         None, description="redis://, rediss:// or unix:// URL of a shared server. Without one, one is started for you."
@@ -156,6 +200,13 @@ class Settings(BaseSettings):
             raise ValueError("a redis://, rediss:// or unix:// URL is needed")
         return value
 
+    @field_validator("cache_secret", mode="after")
+    @classmethod
+    def _is_long_enough(cls, value: SecretStr | None) -> SecretStr | None:
+        if value and not 16 <= len(value.get_secret_value().encode()) <= 64:
+            raise ValueError("16 to 64 characters are needed")
+        return value
+
     @model_validator(mode="after")
     def _redis_options_agree(self) -> Self:
         if (self.redis_sentinel or self.redis_cluster) and self.redis_url is None:
@@ -170,6 +221,11 @@ class Settings(BaseSettings):
     def adapter_places(self) -> int:
         """How many adapters can be served at one time; 0 leaves LoRA off, which costs base calls their speed."""
         return max(self.max_adapters, len(self.adapter_names))
+
+    @property
+    def cache_keep_s(self) -> int:
+        """How long a recording is kept: its time, and as long after it as it may still be of use."""
+        return self.cache_ttl_s + max(self.cache_stale_while_revalidate_s, self.cache_stale_if_error_s)
 
     @property
     def keys_path(self) -> Path:
@@ -269,12 +325,12 @@ def origins(settings: Settings, overrides: dict[str, Any]) -> dict[str, str]:
 def masked(settings: Settings) -> dict[str, str]:
     """Every value as text, secrets as stars; a URL keeps its host and loses its password."""
 
-    def show(value: Any) -> str:
+    def show(name: str, value: Any) -> str:
         if isinstance(value, SecretStr):
-            return mask_url(value.get_secret_value())
+            return mask_url(value.get_secret_value()) if name == "redis_url" else "***"
         return "" if value is None else str(value)
 
-    return {name: show(getattr(settings, name)) for name in type(settings).model_fields}
+    return {name: show(name, getattr(settings, name)) for name in type(settings).model_fields}
 
 
 def mask_url(url: str) -> str:

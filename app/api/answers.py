@@ -1,7 +1,7 @@
 """One request for an answer, from its bytes to the last byte of the reply.
 
-A hit is sent by the task that uvicorn gave us. Only a generation pays for two more: one that notices the
-client leaving (and cancels the work, which frees the engine), one that keeps a silent stream alive.
+A hit is sent by the task that uvicorn gave us. Only who is aboard a generation pays for two more: one that notices
+the client leaving (and gives up its seat), one that keeps a silent stream alive.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any, NamedTuple
 
 from cachetools import LRUCache
@@ -23,9 +23,10 @@ from app.api.body import parse, read
 from app.cache.policy import directives
 from app.domain import CacheStatus, Call, Caller, Endpoint, Reply, Timings
 from app.errors import AppError, BadCall, Broken, Draining, EngineFailed, UnknownModel
+from app.flight.names import Position, position
 from app.gate.keys import Gate
 from app.observe import logs, metrics
-from app.service import Plan, Service
+from app.service import Boarding, Plan, Service
 from app.serving import Catalog
 from app.settings import Settings
 
@@ -78,15 +79,21 @@ class AnswerRoute:
         content = await read(headers, receive, self._settings)
         call, plan = self._understood(_Question(caller, self._service.catalog, headers.get(b"cache-control"), content))
 
+        if (idempotency_key := headers.get(b"idempotency-key")) is not None:
+            plan = await self._service.claimed(call, plan, idempotency_key.decode("latin-1"))
+        plan = self._service.drawn(call, plan)
+        came_back = _position(headers.get(b"last-event-id")) if call.is_streaming else None
+
         looking = time.perf_counter()
-        reply = await self._service.recall(call, plan)
-        status = reply.cache if reply else plan.status
-        fields["cache"] = status.value
+        reply = await self._service.recall(call, plan) if came_back is None else None
         if reply is not None:
+            status, timings = reply.cache, reply.answer.timings
+            fields["cache"] = status.value
             await _send(reply, send)
-            timings = reply.answer.timings
         else:
-            timings = await self._generate(call, plan, time.perf_counter() - looking, receive, send)
+            aboard = self._service.aboard(call, plan, looked_s=time.perf_counter() - looking, position=came_back)
+            status, timings = await answer_aboard(aboard, call.endpoint, self._settings, receive, send)
+            fields["cache"] = status.value
         if timings.completion_tokens is not None:
             fields["in"], fields["out"] = timings.prompt_tokens, timings.completion_tokens
         _observe(status, timings, time.perf_counter() - began)
@@ -123,45 +130,74 @@ class AnswerRoute:
             raise BadCall("`stream` must be true or false", param="stream")
         return body
 
-    async def _generate(self, call: Call, plan: Plan, looked_s: float, receive: Receive, send: Send) -> Timings:
-        """Run the generation while its client is there. Raises what it raises, before the first byte."""
-        stream = _Stream(send, self._settings.keep_alive_s, call.endpoint)
-        work = asyncio.create_task(self._answer(call, plan, looked_s, stream, send), name="answer")
-        gone = asyncio.create_task(_gone(receive), name="client-gone")
-        try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                metrics.left.inc()
-                log.info("the client left; its generation ends")
-                return Timings()
-            return work.result()
-        except asyncio.CancelledError:  # the drain budget is spent; this is the outermost task, so it ends here
-            stopped = Draining("the server stopped before the answer was complete", retry_after_s=5)
-            if not stream.started:
-                raise stopped from None
-            work.cancel()
-            with contextlib.suppress(Exception):
-                await asyncio.shield(stream.fail(stopped))
-            return Timings()
-        finally:
-            for task in (work, gone):
-                task.cancel()
-            await asyncio.wait({work, gone})
 
-    async def _answer(self, call: Call, plan: Plan, looked_s: float, stream: _Stream, send: Send) -> Timings:
-        plan = await self._service.board(call, plan)
-        with plan.serving.hold():
-            stream.early_headers = _early_headers(plan)
-            return await self._answer_on(call, plan, looked_s, stream, send)
+class StreamRoute:
+    """`GET /v1/streams/{id}`: the rest of a stream that was cut off, from `Last-Event-ID` on."""
 
-    async def _answer_on(self, call: Call, plan: Plan, looked_s: float, stream: _Stream, send: Send) -> Timings:
-        if not call.is_streaming:
-            reply = await self._service.generate(call, plan, looked_s=looked_s)
+    def __init__(self, service: Service, gate: Gate, settings: Settings) -> None:
+        self._service = service
+        self._gate = gate
+        self._settings = settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope["headers"])
+        caller = self._gate.admit(presented_key(headers, allow_x_api_key=True))
+        named = _position(scope["path_params"]["stream_id"].encode())
+        seen = _position(headers.get(b"last-event-id"))
+        if seen is not None and (named is None or seen.stream_id != named.stream_id):
+            raise BadCall("Last-Event-ID is no event of this stream", param="Last-Event-ID")
+        aboard = self._service.back_aboard(seen or named, caller)
+        status, _ = await answer_aboard(aboard, None, self._settings, receive, send)
+        scope["refrain"]["cache"] = status.value
+
+
+async def answer_aboard(
+    aboard: AbstractAsyncContextManager[Boarding],
+    endpoint: Endpoint | None,
+    settings: Settings,
+    receive: Receive,
+    send: Send,
+) -> tuple[CacheStatus, Timings]:
+    """Answer a client with the flight that it is on, while it is there. Raises what it raises, before the first byte.
+
+    `endpoint` is known beforehand where the client made the call, and not where it only comes back to it.
+    """
+    stream = _Stream(send, settings.keep_alive_s, endpoint)
+    work = asyncio.create_task(_answer(aboard, stream, send), name="answer")
+    gone = asyncio.create_task(_gone(receive), name="client-gone")
+    try:
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            metrics.left.inc()
+            log.info("the client left; its generation goes on only where somebody else wants it")
+            return stream.status, Timings()
+        return stream.status, work.result()
+    except asyncio.CancelledError:  # the drain budget is spent; this is the outermost task, so it ends here
+        stopped = Draining("the server stopped before the answer was complete", retry_after_s=5)
+        if not stream.started:
+            raise stopped from None
+        work.cancel()
+        with contextlib.suppress(Exception):
+            await asyncio.shield(stream.fail(stopped))
+        return stream.status, Timings()
+    finally:
+        for task in (work, gone):
+            task.cancel()
+        await asyncio.wait({work, gone})
+
+
+async def _answer(aboard: AbstractAsyncContextManager[Boarding], stream: _Stream, send: Send) -> Timings:
+    async with aboard as boarding:
+        stream.board(boarding)
+        if not boarding.ride.is_streaming:
+            reply = await boarding.reply()
+            stream.status = reply.cache
             await _send(reply, send)
             return reply.answer.timings
         async with stream.kept_alive():
             try:
-                reply = await self._service.generate(call, plan, looked_s=looked_s)
+                reply = await boarding.reply()
+                stream.status = reply.cache
                 assert reply.answer.events is not None  # noqa: S101 - a streaming call
                 async with aclosing(reply.answer.events) as events:  # type: ignore[type-var]
                     await stream.run(reply, events)
@@ -180,22 +216,28 @@ class AnswerRoute:
             return reply.answer.timings
 
 
-def _early_headers(plan: Plan) -> Headers:
-    """For a stream that starts with a keep-alive, before the engine has said anything."""
-    key = plan.slot.key if plan.slot else None
-    return _headers(plan.status, plan.serving.weights.short, key, None, Timings(), b"text/event-stream")
-
-
 class _Stream:
     """A response of server-sent events: started late, kept alive, ended by its last event or an error event."""
 
-    def __init__(self, send: Send, keep_alive_s: float, endpoint: Endpoint) -> None:
+    def __init__(self, send: Send, keep_alive_s: float, endpoint: Endpoint | None) -> None:
         self._send = send
         self._keep_alive_s = keep_alive_s
-        self.early_headers: Headers = []
+        self._early_headers: Headers = []
+        self._comment_end = b"\n\n"
         self._endpoint = endpoint
         self._last_sent = time.monotonic()
+        self.status = CacheStatus.BYPASS
         self.started = False
+
+    def board(self, boarding: Boarding) -> None:
+        """What is known before the engine has said anything: a stream may have to start with a keep-alive."""
+        self.status = boarding.status
+        self._endpoint = boarding.endpoint
+        if boarding.ride.has_ids:  # once an event had an id, the official clients take a blank line for an event
+            self._comment_end = b"\n"
+        self._early_headers = _headers(
+            boarding.status, boarding.weights, boarding.key, None, Timings(), b"text/event-stream"
+        )
 
     async def run(self, reply: Reply, events: AsyncIterator[bytes]) -> None:
         """Send the events as they come.
@@ -207,10 +249,10 @@ class _Stream:
         async for event in events:
             if not self.started:
                 await self._start(_reply_headers(reply, b"text/event-stream"))
-            is_whole = wire.is_last(self._endpoint, event)
+            is_whole = self._endpoint is not None and wire.is_last(self._endpoint, event)
             if is_whole:
                 timing = server_timing(reply.answer.timings)
-                event = b": server-timing " + timing.encode() + b"\n\n" + event
+                event = b": server-timing " + timing.encode() + self._comment_end + event
             await self._write(event)
         if not is_whole:
             raise EngineFailed("the answer broke off before it was complete")
@@ -236,8 +278,8 @@ class _Stream:
             silent_s = time.monotonic() - self._last_sent
             if silent_s >= self._keep_alive_s:
                 if not self.started:
-                    await self._start(self.early_headers)
-                await self._write(b": keep-alive\n\n")
+                    await self._start(self._early_headers)
+                await self._write(b": keep-alive" + self._comment_end)
                 silent_s = 0.0
             await asyncio.sleep(self._keep_alive_s - silent_s)
 
@@ -275,6 +317,11 @@ async def _gone(receive: Receive) -> None:
         continue
 
 
+def _position(given: bytes | None) -> Position | None:
+    """The client's place in a stream of ours; None where it names none (a proxy's or another server's event id)."""
+    return None if given is None else position(given.decode("latin-1").strip())
+
+
 def presented_key(headers: dict[bytes, bytes], *, allow_x_api_key: bool = False) -> str | None:
     """The key of `Authorization: Bearer`, or of `x-api-key` where Anthropic's clients send it."""
     scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
@@ -289,7 +336,10 @@ _CACHE_STATUS = {status: status.value.encode() for status in CacheStatus}
 
 
 def _reply_headers(reply: Reply, content_type: bytes) -> Headers:
-    return _headers(reply.cache, reply.weights, reply.key, reply.age_s, reply.answer.timings, content_type)
+    headers = _headers(reply.cache, reply.weights, reply.key, reply.age_s, reply.answer.timings, content_type)
+    if reply.stream_id is not None:
+        headers.append((b"x-stream-id", reply.stream_id.encode()))
+    return headers
 
 
 def _headers(

@@ -17,7 +17,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from app import __version__
-from app.api.answers import AnswerRoute, presented_key
+from app.api.answers import AnswerRoute, StreamRoute, presented_key
 from app.api.body import read_object
 from app.domain import Answer, Caller, Endpoint
 from app.engine import Phase
@@ -48,6 +48,7 @@ def mount_routes(
     }
     for path, route in answering.items():
         app.router.routes.append(Route(path, route, methods=["POST"]))
+    app.router.routes.append(Route("/v1/streams/{stream_id}", StreamRoute(service, gate, settings), methods=["GET"]))
     _mount_models(app, service, gate)
     _mount_tokens(app, service, gate, settings)
     _mount_stored_responses(app, service, gate)

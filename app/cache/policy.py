@@ -7,7 +7,8 @@ from typing import Any
 
 from app.errors import BadCall
 
-_BODY_FIELDS = ("no_cache", "no_store", "only_if_cached", "max_age")
+_BODY_FIELDS = ("no_cache", "no_store", "only_if_cached", "max_age", "samples", "sticky")
+MOST_SAMPLES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,13 +17,16 @@ class Directives:
 
     `no_cache`: generate anew (and record). `no_store`: record nothing; a recording that is there already
     may be used (section 5.2.1.5). `max_age_s`: an older recording is a miss. `only_if_cached`: a recording
-    or a 504.
+    or a 504. `samples`: a sampled call draws from a pool of so many answers, 0 for none; `sticky`: the same user
+    draws the same. None leaves either to the server's settings.
     """
 
     no_cache: bool = False
     no_store: bool = False
     only_if_cached: bool = False
     max_age_s: int | None = None
+    samples: int | None = None
+    sticky: bool | None = None
 
     def accepts(self, age_s: float) -> bool:
         return self.max_age_s is None or age_s <= self.max_age_s
@@ -69,7 +73,10 @@ def _from_body(given: Any) -> Directives:
     for name, value in fields.items():
         if name not in _BODY_FIELDS:
             raise BadCall(f"`cache.{name}` is not known; there are {', '.join(_BODY_FIELDS)}", param=f"cache.{name}")
-        if name == "max_age":
+        if name == "samples":
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MOST_SAMPLES:
+                raise BadCall(f"`cache.samples` must be a whole number from 0 to {MOST_SAMPLES}", param="cache.samples")
+        elif name == "max_age":
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
                 raise BadCall("`cache.max_age` must be a whole number of seconds, 0 or more", param="cache.max_age")
         elif not isinstance(value, bool):
@@ -79,6 +86,8 @@ def _from_body(given: Any) -> Directives:
         fields.get("no_store", False),
         fields.get("only_if_cached", False),
         fields.get("max_age"),
+        fields.get("samples"),
+        fields.get("sticky"),
     )
 
 
@@ -89,4 +98,6 @@ def _stricter(a: Directives, b: Directives) -> Directives:
         a.no_store or b.no_store,
         a.only_if_cached or b.only_if_cached,
         min(ages, default=None),
+        b.samples,
+        b.sticky,
     )

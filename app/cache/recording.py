@@ -4,12 +4,14 @@
 "RFR2" · flags (1 byte, bit 0: zstd) · BLAKE2b-128 over key, flags and content · content
 ```
 The tag covers the key, so a value that was cut short, bit-flipped, written by somebody else, or moved
-to another key does not open. Content is a msgpack array, compressed above a size.
+to another key does not open. With `cache_secret` the digest is keyed (a MAC): what others wrote does not open.
+Content is a msgpack array, compressed above a size.
 """
 
 from __future__ import annotations
 
 import hashlib
+import hmac
 from typing import Final
 
 import msgspec
@@ -31,7 +33,11 @@ class Recording(msgspec.Struct, frozen=True, array_like=True):
 
     `head + usage + tail` is the wire form; `usage` is the closing usage event of a stream, apart because
     only clients that ask for it get it (empty for a body). `ident` and `created` are what the answer calls
-    itself; a replay puts fresh ones in their place. `seconds` is what generating it took. Times are unix seconds.
+    itself; a replay puts fresh ones in their place. `seconds` is what generating it took, `weights` (`name@digest`)
+    whose answer it is. Times are unix seconds.
+
+    The rest is what tells which other calls it serves (`reuse.py`): the shape of the call that it was made for,
+    whether it `ended` by itself, the tokens generated up to each event (`counts`) and in each choice.
     """
 
     form: Form
@@ -45,9 +51,24 @@ class Recording(msgspec.Struct, frozen=True, array_like=True):
     completion_tokens: int
     seconds: float
     expires_at: float
+    weights: str
+    limit: int | None = None
+    n: int = 1
+    logprobs: int | None = None
+    ended: bool = False
+    counts: list[int] | None = None
+    choice_tokens: list[int] | None = None
 
     def content(self, *, with_usage: bool = True) -> bytes:
         return self.head + self.usage + self.tail if with_usage else self.head + self.tail
+
+    def with_content(self, form: Form, head: bytes, usage: bytes, tail: bytes, *, completion_tokens: int) -> Recording:
+        return msgspec.structs.replace(
+            self, form=form, head=head, usage=usage, tail=tail, completion_tokens=completion_tokens
+        )
+
+    def counting(self, *, counts: list[int] | None = None, choice_tokens: list[int] | None = None) -> Recording:
+        return msgspec.structs.replace(self, counts=counts, choice_tokens=choice_tokens)
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -56,16 +77,16 @@ _compressor = zstandard.ZstdCompressor(level=3)
 _decompressor = zstandard.ZstdDecompressor()
 
 
-def pack(recording: Recording, key: str, *, compress_above_bytes: int) -> bytes:
-    """The value for Redis."""
+def pack(recording: Recording, key: str, *, compress_above_bytes: int, secret: bytes = b"") -> bytes:
+    """The value for Redis; with a secret nobody without it can make another."""
     content, flags = _encoder.encode(recording), 0
     if len(content) > compress_above_bytes:
         content, flags = _compressor.compress(content), _ZSTD
-    return MAGIC + bytes((flags,)) + _tag(key, flags, content) + content
+    return MAGIC + bytes((flags,)) + _tag(key, flags, content, secret) + content
 
 
-def unpack(value: bytes, key: str) -> Recording:
-    """The recording that `pack` wrote for this key.
+def unpack(value: bytes, key: str, *, secret: bytes = b"") -> Recording:
+    """The recording that `pack` wrote for this key with this secret.
 
     Raises:
         BrokenRecording: anything else.
@@ -73,7 +94,7 @@ def unpack(value: bytes, key: str) -> Recording:
     if len(value) < _HEADER_BYTES or not value.startswith(MAGIC):
         raise BrokenRecording("foreign")
     flags, tag, content = value[4], value[5:_HEADER_BYTES], value[_HEADER_BYTES:]
-    if tag != _tag(key, flags, content):
+    if not hmac.compare_digest(tag, _tag(key, flags, content, secret)):
         raise BrokenRecording("corrupt")
     try:
         return _decoder.decode(_decompressed(content) if flags & _ZSTD else content)
@@ -88,8 +109,8 @@ def _decompressed(content: bytes) -> bytes:
     return _decompressor.decompress(content)
 
 
-def _tag(key: str, flags: int, content: bytes) -> bytes:
-    digest = hashlib.blake2b(key.encode(), digest_size=TAG_BYTES, person=b"refrain.record")
+def _tag(key: str, flags: int, content: bytes, secret: bytes) -> bytes:
+    digest = hashlib.blake2b(key.encode(), digest_size=TAG_BYTES, key=secret, person=b"refrain.record")
     digest.update(bytes((flags,)))
     digest.update(content)
     return digest.digest()

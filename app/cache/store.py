@@ -30,11 +30,12 @@ SCAN_COUNT = 500
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Where one answer is kept: the key, and whose it is (for `purge` and `stats`)."""
+    """Where one answer is kept: the key, and whose it is (for `purge` and `stats`); how long, if not as all are."""
 
     tenant: str
     model: str
     key: str
+    ttl_s: int | None = None
 
     def name(self, namespace: str) -> str:
         """`refrain:answer:<tenant>:<model>:<key>`; names are percent-encoded, so `:` and `*` cannot mislead."""
@@ -57,8 +58,9 @@ class Store:
         self._settings = settings
         self._namespace = settings.redis_namespace
         self.link = link
+        self._secret = settings.cache_secret.get_secret_value().encode() if settings.cache_secret else b""
         self._near = Near(settings.cache_near_mib * 2**20)
-        self._lookups = _Lookups(link, self._near, one_by_one=settings.redis_cluster)
+        self._lookups = _Lookups(link, self._near, self._secret, one_by_one=settings.redis_cluster)
 
     @contextlib.asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
@@ -84,7 +86,8 @@ class Store:
 
     async def keep(self, slot: Slot, recording: Recording) -> bool:
         """Write it, to be gone when it expires. False: too large, or Redis would not take it."""
-        value = pack(recording, slot.key, compress_above_bytes=self._settings.cache_compress_above_bytes)
+        compress_above = self._settings.cache_compress_above_bytes
+        value = pack(recording, slot.key, compress_above_bytes=compress_above, secret=self._secret)
         if len(value) > self._settings.cache_max_entry_bytes:
             metrics.cache_errors.labels("too_large").inc()
             return False
@@ -156,9 +159,10 @@ class _Lookups:
 
     ROUND_TRIPS = 2
 
-    def __init__(self, link: Link, near: Near, *, one_by_one: bool) -> None:
+    def __init__(self, link: Link, near: Near, secret: bytes, *, one_by_one: bool) -> None:
         self._link = link
         self._near = near
+        self._secret = secret
         self._one_by_one = one_by_one  # in a Cluster the keys of one command must share a slot
         self._waiting: dict[str, tuple[str, list[asyncio.Future[Held | None]]]] = {}
         self._under_way: set[asyncio.Task[None]] = set()
@@ -192,7 +196,7 @@ class _Lookups:
                 held = None
                 if value is not None:
                     try:
-                        held = Held(unpack(value, key))
+                        held = Held(unpack(value, key, secret=self._secret))
                         take_in(key, held)
                     except BrokenRecording as error:
                         broken[name] = str(error)

@@ -25,6 +25,8 @@ from app.settings import Settings
 
 _WORDS = "the cache remembers what the engine said and says it again without a second thought".split()
 
+_NOT_SAID = frozenset({"stream", "stream_options", "max_tokens", "max_completion_tokens", "max_output_tokens", "user"})
+
 
 class Script:
     """One call in the hands of a test: `say` words, then `finish`, or `fail`."""
@@ -72,6 +74,8 @@ class ScriptedEngine:
         self._places = settings.adapter_places
         self._is_driven = is_driven
         self._is_ready = is_ready
+        # Left alone it never ends by itself: what it says is cut at the limit that the call sets, or 16.
+        self._finish = "stop" if is_driven else "length"
         self._seconds_per_token = 1 / settings.scripted_tokens_per_s
 
     async def start(self) -> None:
@@ -109,7 +113,7 @@ class ScriptedEngine:
             return Answer(events=self._streamed(call, words, script, timings), timings=timings)
         said = [word async for word in self._counted(words, script, timings)]
         name = _name(call, self._asked(call))
-        return Answer(body=_dump(_body(call, said, name)), timings=timings)
+        return Answer(body=_dump(_body(call, said, name, self._finish)), timings=timings)
 
     async def _streamed(
         self, call: Call, words: AsyncGenerator[str, None], script: Script, timings: Timings
@@ -124,7 +128,7 @@ class ScriptedEngine:
                 opening, deltas, _ = _cut(call, [word], name)
                 for event in (*opening, *deltas) if len(said) == 1 else deltas:
                     yield _numbered(call.endpoint, event, numbers)
-        opening, _, closing = _cut(call, said or [" "], name)
+        opening, _, closing = _cut(call, said or [" "], name, self._finish)
         for event in closing if said else (*opening, *closing):
             yield _numbered(call.endpoint, event, numbers)
 
@@ -139,6 +143,7 @@ class ScriptedEngine:
                 async for word in words:
                     first = first or time.perf_counter()
                     timings.completion_tokens += 1
+                    timings.streamed_tokens += 1
                     timings.prefill_s, timings.decode_s = first - began, time.perf_counter() - first
                     yield word
         except (asyncio.CancelledError, GeneratorExit):
@@ -149,7 +154,9 @@ class ScriptedEngine:
 
     async def _at_a_rate(self, call: Call) -> AsyncGenerator[str, None]:
         weights = self._asked(call)
-        seed = hashlib.sha256(f"{weights.digest} {json.dumps(call.body, sort_keys=True)}".encode()).digest()
+        # As with a model, neither the form of the answer nor its longest length changes what is said.
+        said_by = {name: value for name, value in call.body.items() if name not in _NOT_SAID}
+        seed = hashlib.sha256(f"{weights.digest} {json.dumps(said_by, sort_keys=True)}".encode()).digest()
         limit = call.body.get("max_tokens") or call.body.get("max_completion_tokens") or 16
         for index in range(min(int(limit), 512)):
             await asyncio.sleep(self._seconds_per_token)
@@ -192,7 +199,7 @@ def _name(call: Call, weights: Weights) -> _Name:
     return _Name(wire.new_id(call.endpoint), int(time.time()), weights.name, weights.mark)
 
 
-def _body(call: Call, said: list[str], name: _Name) -> dict[str, Any]:
+def _body(call: Call, said: list[str], name: _Name, finish: str = "stop") -> dict[str, Any]:
     text, (ident, now, model, mark) = "".join(said), name
     prompt, completion = _prompt_tokens(call), len(said)
     usage = {"prompt_tokens": prompt, "total_tokens": prompt + completion, "completion_tokens": completion}
@@ -200,7 +207,7 @@ def _body(call: Call, said: list[str], name: _Name) -> dict[str, Any]:
     match call.endpoint:
         case Endpoint.CHAT:
             message = {"role": "assistant", "content": text, "tool_calls": []}
-            choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop", "stop_reason": None}
+            choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish, "stop_reason": None}
             return {
                 "id": ident,
                 "object": "chat.completion",
@@ -211,7 +218,7 @@ def _body(call: Call, said: list[str], name: _Name) -> dict[str, Any]:
                 "system_fingerprint": mark,
             }
         case Endpoint.COMPLETIONS:
-            choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": "stop", "stop_reason": None}
+            choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish, "stop_reason": None}
             return {
                 "id": ident,
                 "object": "text_completion",
@@ -255,14 +262,16 @@ def _body(call: Call, said: list[str], name: _Name) -> dict[str, Any]:
                 "role": "assistant",
                 "model": model,
                 "content": [{"type": "text", "text": text}],
-                "stop_reason": "end_turn",
+                "stop_reason": "end_turn" if finish == "stop" else "max_tokens",
                 "usage": in_out,
             }
 
 
-def _cut(call: Call, said: list[str], name: _Name) -> tuple[list[bytes], list[bytes], list[bytes]]:
+def _cut(
+    call: Call, said: list[str], name: _Name, finish: str = "stop"
+) -> tuple[list[bytes], list[bytes], list[bytes]]:
     """The events of a whole stream: those before the first delta, the deltas, those after the last."""
-    events = wire.unfold(call.endpoint, _body(call, said, name))
+    events = wire.unfold(call.endpoint, _body(call, said, name, finish))
     deltas = [index for index, event in enumerate(events) if _is_delta(call.endpoint, event)]
     return events[: deltas[0]], events[deltas[0] : deltas[-1] + 1], events[deltas[-1] + 1 :]
 

@@ -633,8 +633,10 @@ def _build(args: Any) -> Any:
             timings = _timings.get()
             async with aclosing(super().generate(*args, **kwargs)) as outputs:
                 async for output in outputs:
-                    if timings is not None and output.metrics is not None:
-                        _note(timings, output)
+                    if timings is not None:
+                        timings.streamed_tokens += sum(len(part.token_ids) for part in output.outputs)
+                        if output.metrics is not None:
+                            _note(timings, output)
                     if any(part.finish_reason == "abort" for part in output.outputs):
                         # The Responses handler would call it "completed". An answer is whole or an error.
                         raise EngineFailed("the generation was aborted")

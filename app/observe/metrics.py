@@ -37,6 +37,21 @@ swap_seconds = Histogram(
 )
 in_flight = Gauge("refrain_generations_in_flight", "Generations that are running or queued for this server's clients.")
 left = Counter("refrain_clients_left_total", "Clients that went away before their answer was complete.")
+reused = Counter(
+    "refrain_cache_reused_total", "Hits on an answer that was made for a call of another shape, by rule.", ["rule"]
+)
+pool_draws = Counter("refrain_cache_pool_draws_total", "Calls that drew from a pool of sampled answers.")
+refreshed = Counter("refrain_cache_refreshes_total", "Recordings past their time that were generated anew.")
+spared_refusals = Counter("refrain_refusals_spared_total", "Calls refused from memory, without asking the engine.")
+boarded = Counter(
+    "refrain_flight_boardings_total",
+    "Calls that began a generation (leader), shared one (follower), or carried one on (takeover).",
+    ["role"],
+)
+leases_lost = Counter("refrain_flight_leases_lost_total", "Generations whose lease another server took meanwhile.")
+resumed = Counter("refrain_streams_resumed_total", "Streams that a client came back to, by where they were.", ["found"])
+streams_kept_bytes = Gauge("refrain_streams_kept_bytes", "Memory of finished streams that can still be resumed.")
+streams_evicted = Counter("refrain_streams_evicted_total", "Finished streams that were forgotten before their time.")
 duration = Histogram("refrain_call_seconds", "From request to last byte.", ["cache"], buckets=_SECONDS)
 phases = Histogram("refrain_phase_seconds", "Time per phase of a call.", ["phase"], buckets=_SECONDS)
 
@@ -54,18 +69,23 @@ class HitTally:
     """
 
     def __init__(self) -> None:
-        self._calls: dict[str, int] = {}
+        self._calls: dict[tuple[str, str], int] = {}
         self._clear()
 
-    def add(self, endpoint: str, prompt: int, completion: int, seconds: float) -> None:
-        self._calls[endpoint] = self._calls.get(endpoint, 0) + 1
+    def add(self, endpoint: str, status: str, prompt: int, completion: int, seconds: float) -> None:
+        """One call that a recording answered."""
+        self._calls[endpoint, status] = self._calls.get((endpoint, status), 0) + 1
+        self._seconds += seconds
+        self.save(prompt, completion)
+
+    def save(self, prompt: int, completion: int) -> None:
+        """Tokens that need not be computed."""
         self._prompt += prompt
         self._completion += completion
-        self._seconds += seconds
 
     def settle(self) -> None:
-        for endpoint, count in self._calls.items():
-            calls.labels(endpoint, "hit").inc(count)
+        for labels, count in self._calls.items():
+            calls.labels(*labels).inc(count)
         near_hits.inc(self.near)
         tokens_saved.labels("prompt").inc(self._prompt)
         tokens_saved.labels("completion").inc(self._completion)

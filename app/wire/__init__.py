@@ -8,18 +8,26 @@ from typing import Any, Protocol
 
 from app.domain import Endpoint
 from app.errors import Incomplete
-from app.wire import chat, completions, embeddings, messages, responses
+from app.wire import chat, completions, embeddings, messages, responses, sse
 from app.wire.ends import is_last, split
+from app.wire.shorten import fewer, shorten
+from app.wire.splice import Splice
 from app.wire.stamp import Identity, Template
 
 __all__ = [
     "Identity",
+    "Splice",
     "Template",
     "check_body",
+    "ended_by_itself",
+    "fewer",
     "fold",
     "identity",
+    "identity_of",
     "is_last",
+    "named",
     "new_id",
+    "shorten",
     "split",
     "split_usage",
     "template",
@@ -74,15 +82,37 @@ def identity(endpoint: Endpoint, document: dict[str, Any]) -> Identity:
     return _WIRES[endpoint].identity(document)
 
 
+def identity_of(endpoint: Endpoint, content: bytes) -> Identity | None:
+    """The same from the bytes of a body or of a stream's first event; None for a comment. Raises `Incomplete`."""
+    payloads = [content] if content[:1] == b"{" else sse.payloads([content])
+    try:
+        return identity(endpoint, sse.parse(payloads[0])) if payloads else None
+    except (KeyError, TypeError, AttributeError) as exc:
+        raise Incomplete(f"not the first event of {endpoint.label}: {exc!r}") from exc
+
+
 def template(endpoint: Endpoint, content: bytes, old: Identity) -> Template:
     """A body or concatenated events, to be sent under other identities; called with one, and with the request that it
     answers (responses repeat parts of it), it gives the bytes to send."""
     return _WIRES[endpoint].template(content, old)
 
 
+def ended_by_itself(endpoint: Endpoint, body: dict[str, Any]) -> bool:
+    """Whether no choice of this body was cut short by a limit; False where that cannot be told."""
+    if endpoint is Endpoint.MESSAGES:
+        return body.get("stop_reason") in ("end_turn", "stop_sequence", "tool_use")
+    choices = body.get("choices") or ()
+    return bool(choices) and all(choice.get("finish_reason") in ("stop", "tool_calls") for choice in choices)
+
+
 def new_id(endpoint: Endpoint) -> str:
     # An id must be unique and need not be secret; the kernel's generator would be the dearest step of a hit's stamp.
     return f"{_WIRES[endpoint].ID_PREFIX}{_random.getrandbits(128):032x}"
+
+
+def named(endpoint: Endpoint, digits: str) -> str:
+    """An id of the endpoint's kind with these digits."""
+    return f"{_WIRES[endpoint].ID_PREFIX}{digits}"
 
 
 _random = random.Random()  # noqa: S311

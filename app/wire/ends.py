@@ -15,6 +15,8 @@ _LAST: dict[Endpoint, tuple[bytes, ...]] = {
 
 def is_last(endpoint: Endpoint, event: bytes) -> bool:
     """Whether this is the event that ends a successful stream of this endpoint."""
+    if event.startswith(b"id: "):
+        event = event[event.index(b"\n") + 1 :]
     return event.startswith(_LAST[endpoint])
 
 

@@ -286,7 +286,8 @@ def test_purge_by_tenant_by_model_and_all(serve: Callable[..., Running], setting
 
 def test_a_recording_above_the_cap_is_not_kept(serve: Callable[..., Running]) -> None:
     running = serve(cache_max_entry_bytes=200)
-    assert [post(running, chat()).headers["x-cache"] for _ in range(2)] == ["miss", "miss"]
+    assert post(running, chat()).headers["x-cache"] == "miss"
+    until(lambda: post(running, chat()).headers["x-cache"] == "miss")  # at the same moment it is "shared"
 
 
 def test_responses_replay_the_new_callers_own_metadata(server: Running) -> None:

@@ -1,0 +1,184 @@
+"""One generation and those aboard: its events in memory, its end, and the seats of who reads them. No Redis here."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import zlib
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from app import wire
+from app.domain import Endpoint, Timings
+from app.errors import AppError, Incomplete, StreamLost
+from app.flight import names
+from app.flight.names import Position
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """What is asked of a flight.
+
+    `key`: calls with equal keys may share one. `owner`: who may come back to its stream. `weights`: whose answer it is.
+    `is_stream`: the form in which this process would lead it. `is_shared`: others may come aboard, and carry it on.
+    `is_kept`: it goes on when everybody has left, and can be come back to.
+    """
+
+    key: str
+    endpoint: Endpoint
+    owner: str
+    weights: str
+    is_stream: bool
+    is_shared: bool
+    is_kept: bool
+
+
+@dataclass(eq=False)
+class Flight:
+    """Absent, failed and finished are three things: `error` is set, or `is_finished`, or it still flies."""
+
+    ticket: Ticket
+    uid: str
+    is_stream: bool
+    timings: Timings = field(default_factory=Timings)
+    events: list[bytes] = field(default_factory=list)
+    checks: list[int] = field(default_factory=list)
+    error: AppError | None = None
+    is_finished: bool = False
+    is_led_here: bool = False
+    was_streamed: bool = False
+    may_record: bool = True
+    identity: wire.Identity | None = None
+    size_bytes: int = 0
+    seats: int = 0
+    pilot: asyncio.Task[None] | None = None
+    _waiting: list[asyncio.Future[None]] = field(default_factory=list)
+
+    @property
+    def is_over(self) -> bool:
+        return self.is_finished or self.error is not None
+
+    def add(self, event: bytes) -> None:
+        """One more event of the stream, or the body."""
+        if not self.events:
+            with contextlib.suppress(Incomplete):  # embeddings as plain bytes, which have no name
+                self.identity = wire.identity_of(self.ticket.endpoint, event)
+        self.checks.append(self.check(event, self.checks[-1] if self.checks else 0))
+        self.events.append(event)
+        self.size_bytes += len(event)
+        self.wake()
+
+    def check(self, event: bytes, before: int) -> int:
+        """The checksum that goes on over one more event, less the names and the time, which each generation makes up.
+
+        Against accidents, not forgers: whose stream it is is asked apart.
+        """
+        return zlib.crc32(_nameless(event, self.identity), before)
+
+    def finish(self) -> None:
+        if not self.is_over:
+            self.is_finished = True
+        self.wake()
+
+    def fail(self, error: AppError) -> None:
+        if not self.is_over:
+            self.error = error
+        self.wake()
+
+    def wake(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)
+
+    async def news(self) -> None:
+        """Return at the next event, or the end."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(future)
+        await future
+
+
+class Seat:
+    """One client's place on a flight. `is_first`: it took off for this one; all others share it."""
+
+    def __init__(self, flight: Flight, *, is_first: bool, position: Position | None = None) -> None:
+        self.flight = flight
+        self.is_first = is_first
+        self._position = position
+        # Kept streams are found again under names of their own, whoever generates them by then.
+        keeps_names = is_first and not (flight.ticket.is_shared and flight.ticket.is_kept)
+        self._rider = names.FIRST if keeps_names else names.new_rider()
+        self._own: Position | None = position
+
+    def position(self, *, wants_usage: bool) -> Position:
+        """Where this client's stream is: what it came back with, or the beginning of a new one."""
+        if self._own is None:  # not before there is an event: until then a flight may take another's name
+            self._own = Position(self.flight.uid, self._rider, wants_usage)
+        return self._own
+
+    async def opened(self) -> bool:
+        """Wait for the first event; whether the flight is a stream, and not one body.
+
+        Raises:
+            AppError: the flight failed before it. `StreamLost`: it has not the events that this client saw.
+        """
+        while not self.flight.events and not self.flight.is_over:
+            await self.flight.news()
+        if not self.flight.events and self.flight.error is not None:
+            raise _again(self.flight.error)
+        return self.flight.is_stream
+
+    async def events(self) -> AsyncGenerator[tuple[int, bytes], None]:
+        """The events after the seat's position, each with its number, as they come.
+
+        Raises:
+            AppError: the flight failed. `StreamLost`: its events are not those that this client saw.
+        """
+        at, flight = self._position.number if self._position else 0, self.flight
+        while len(flight.events) < at and not flight.is_over:
+            await flight.news()
+        if at and (len(flight.events) < at or (self._position and flight.checks[at - 1] != self._position.check)):
+            raise _again(flight.error) if flight.error else lost()
+        while True:
+            while at < len(flight.events):
+                at += 1
+                yield at, flight.events[at - 1]
+            if flight.error is not None:
+                raise _again(flight.error)
+            if flight.is_finished:
+                return
+            await flight.news()
+
+    async def whole(self) -> list[bytes]:
+        """All events (or the one body), once it ended well. Raises AppError where it did not."""
+        while not self.flight.is_over:
+            await self.flight.news()
+        if self.flight.error is not None:
+            raise _again(self.flight.error)
+        return self.flight.events
+
+
+def checks_of(endpoint: Endpoint, events: Sequence[bytes], identity: wire.Identity) -> Iterator[int]:
+    """What `Flight.checks` would be for these events."""
+    check = 0
+    for event in events:
+        check = zlib.crc32(_nameless(event, identity), check)
+        yield check
+
+
+def _nameless(event: bytes, identity: wire.Identity | None) -> bytes:
+    if identity is None:
+        return event
+    ident, created = identity
+    event = event.replace(ident.encode(), b"")
+    return event if created is None else event.replace(str(created).encode(), b"")
+
+
+def lost() -> StreamLost:
+    return StreamLost("this stream cannot be gone on with from here; ask again without Last-Event-ID")
+
+
+def _again(error: AppError) -> AppError:
+    """Several clients get the same error, each as an exception of its own."""
+    return copy.copy(error).with_traceback(None)

@@ -1,0 +1,524 @@
+"""Boarding, leading, following, taking over, leaving: the flights of one process.
+
+```
+board    a flight of this key is here: take a seat. Else begin one, in a task of its own (its pilot)
+pilot    lease taken: lead.   Held by another process: follow its live stream.   No Redis: lead, alone
+follow   the leader's lease ran out: one of the followers takes it, generates again, and goes on where it was
+leave    somebody is left, here or elsewhere: it goes on. Nobody: it ends at once, or after `stream_resume_s`
+```
+It knows nothing of what is generated: `Takeoff` is the service's. What breaks in Redis ends here: a flight without
+it is shared within its process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
+
+from app import wire
+from app.cache.link import Link
+from app.domain import Endpoint
+from app.errors import AppError, Broken, Diverged, Draining, EngineFailed, LeaseLost, RedisDown
+from app.flight import names
+from app.flight.flight import Flight, Seat, Ticket, lost
+from app.flight.idempotency import Claims
+from app.flight.lease import Boarded, Lease, Leases
+from app.flight.live import About, Entry, Reader, Seal, Told
+from app.flight.names import Position
+from app.observe import metrics
+from app.settings import Settings
+
+log = logging.getLogger(__name__)
+
+Takeoff = Callable[[Flight], AsyncGenerator[bytes, None]]
+
+# Followers on other servers see text this much later at most; in between, events are collected into one write.
+PUBLISH_GAP_S = 0.05
+# How long the end of a flight may take to be written; a lease that is not ended expires.
+CLOSE_S = 2.0
+_DIVERGED = "the answer was generated again after its server died, and came out differently; ask again"
+
+
+class Flights:
+    """All flights of this process. `is_alone`: no other process shares the Redis, so nothing is published there."""
+
+    def __init__(self, settings: Settings, link: Link, url: str, *, is_alone: bool) -> None:
+        self._settings = settings
+        self._is_alone = is_alone
+        secret = settings.cache_secret.get_secret_value().encode() if settings.cache_secret else None
+        self._seal = Seal(secret)
+        self._leases = Leases(settings, link)
+        self.claims = Claims(settings, self._leases)
+        self._reader = Reader(settings, link, url, self._seal)
+        self._by_key: dict[str, Flight] = {}
+        self._by_uid: dict[str, Flight] = {}
+        self._kept: dict[str, Flight] = {}
+        self._held: dict[Flight, Lease] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def close(self) -> None:
+        """End what flies here. Other processes that follow carry it on."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._reader.close()
+
+    # --- getting on and off --------------------------------------------------------------------
+
+    @contextmanager
+    def board(
+        self, ticket: Ticket, takeoff: Takeoff, *, is_streaming: bool, position: Position | None = None
+    ) -> Iterator[Seat]:
+        """A seat on the flight of this key, which begins if there is none. Leaving the context leaves the flight."""
+        flight = self._by_key.get(ticket.key) if ticket.is_shared else None
+        is_first = flight is None or flight.is_over
+        if flight is None or flight.is_over:
+            flight = Flight(ticket, names.new_uid(ticket.key), ticket.is_stream)
+            self._by_key[ticket.key] = self._by_uid[flight.uid] = flight
+            flight.pilot = self._spawn(self._pilot(flight, takeoff), "flight")
+        metrics.child(metrics.boarded, "leader" if is_first else "follower").inc()
+        flight.was_streamed |= is_streaming
+        with self._seated(Seat(flight, is_first=is_first, position=position)) as seat:
+            yield seat
+
+    def launch(self, ticket: Ticket, takeoff: Takeoff) -> None:
+        """Fly for no client, unless the same flies already: what comes of it is recorded on the way."""
+        if ticket.key not in self._by_key:
+            self._spawn(self._launched(ticket, takeoff), "flight-launched")
+
+    async def _launched(self, ticket: Ticket, takeoff: Takeoff) -> None:
+        with self.board(ticket, takeoff, is_streaming=False) as seat:
+            try:
+                await seat.whole()
+            except AppError as error:
+                log.warning("a refresh failed, and what is there stays: %s", error.message)
+
+    @asynccontextmanager
+    async def resume(self, position: Position, owners: Collection[str]) -> AsyncIterator[Seat | None]:
+        """A seat on a flight that this client was on, here or elsewhere; None where it cannot be found any more."""
+        flight = self._by_uid.get(position.uid) or await self._found_elsewhere(position.uid)
+        if flight is None or flight.ticket.owner not in owners:
+            yield None
+            return
+        with self._seated(Seat(flight, is_first=False, position=position)) as seat:
+            yield seat
+
+    @contextmanager
+    def _seated(self, seat: Seat) -> Iterator[Seat]:
+        flight = seat.flight
+        flight.seats += 1
+        try:
+            yield seat
+        finally:
+            flight.seats -= 1
+            if not flight.seats and not flight.is_over:
+                self._deserted(flight)
+
+    def _deserted(self, flight: Flight) -> None:
+        if not _is_awaited(flight) and flight not in self._held:
+            _end(flight)  # at once: the engine is freed before anything else happens
+        else:
+            self._spawn(self._end_when_nobody_is_left(flight), "deserted")
+
+    async def _end_when_nobody_is_left(self, flight: Flight) -> None:
+        if _is_awaited(flight):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._settings.stream_resume_s):
+                    while not flight.seats and not flight.is_over:
+                        await flight.news()
+        while not flight.seats and not flight.is_over:
+            if not await self._is_followed(flight):
+                if not flight.seats:
+                    _end(flight)
+                return
+            await asyncio.sleep(self._settings.flight_lease_s / 3)  # as often as followers say that they are there
+
+    async def _is_followed(self, flight: Flight) -> bool:
+        """Whether other processes follow it; where none does, its lease is given up."""
+        lease = self._held.get(flight)
+        if lease is None:
+            return False
+        try:
+            return await lease.abandon()
+        except RedisDown:
+            return False
+
+    # --- flying --------------------------------------------------------------------------------
+
+    async def _pilot(self, flight: Flight, takeoff: Takeoff) -> None:
+        try:
+            await self._fly(flight, takeoff)
+        except asyncio.CancelledError:
+            flight.fail(Draining("the server stopped before the answer was complete", retry_after_s=5))
+            raise
+        except AppError as error:
+            flight.fail(error)
+        except Exception:  # a fault of ours, at the edge of its task: who waits must hear of it
+            log.exception("a flight broke")
+            flight.fail(Broken("the server failed on this answer; its log names the reason"))
+        finally:
+            self._landed(flight)
+
+    async def _fly(self, flight: Flight, takeoff: Takeoff) -> None:
+        if self._is_alone or not _is_published(flight.ticket):
+            await self._lead(flight, takeoff, None)
+            return
+        try:
+            boarded = await self._leases.board(flight.ticket.key, flight.uid)
+            while boarded.lease is None:
+                self._take_name(flight, boarded.uid)
+                followed = await self._follow(flight)
+                if followed is None:
+                    return
+                boarded = followed
+            self._take_name(flight, boarded.uid)
+            if boarded.is_inherited and not flight.events:
+                await self._read_what_was_flown(flight)
+        except (RedisDown, _Unreadable):  # the answer is generated here, and continues what was sent already
+            await self._lead(flight, takeoff, None)
+            return
+        if boarded.is_inherited:
+            metrics.child(metrics.boarded, "takeover").inc()
+        if flight.is_over or (flight.events and not flight.is_stream):  # the leader had said it all, but for the end
+            flight.finish()
+            with contextlib.suppress(RedisDown, LeaseLost):
+                await boarded.lease.publish(is_last=True)
+            return
+        await self._lead(flight, takeoff, boarded.lease)
+
+    async def _lead(self, flight: Flight, takeoff: Takeoff, lease: Lease | None) -> None:
+        """Generate, tell everybody aboard, and, with a lease, the world."""
+        flight.is_led_here = True
+        if not flight.events:
+            flight.is_stream = flight.ticket.is_stream
+        splice = wire.Splice(flight.ticket.endpoint, flight.events) if flight.events else None
+        async with self._publishing(flight, lease) as publisher:
+            try:
+                async with aclosing(takeoff(flight)) as events:
+                    async for event in events:
+                        if publisher is not None:
+                            publisher.say(event)
+                        fresh = splice.fit(event) if splice else event
+                        if fresh is not None:
+                            flight.add(fresh)
+            except Diverged as error:
+                log.warning("a flight that was taken over ends in an error: %s", error)
+                raise EngineFailed(_DIVERGED) from error
+            flight.finish()
+
+    @asynccontextmanager
+    async def _publishing(self, flight: Flight, lease: Lease | None) -> AsyncIterator[_Publisher | None]:
+        """A publisher while a lease is held. What ends the context is the stream's last entry."""
+        if lease is None:
+            yield None
+            return
+        publisher = _Publisher(flight, lease, self._seal, self._settings)
+        self._held[flight] = lease
+        try:
+            yield publisher
+            await publisher.end(publisher.entry("end", tokens=_tokens(flight)))
+        except AppError as error:
+            flight.fail(error)  # before the world hears of it: clients of this process need not wait for Redis
+            await publisher.end(publisher.entry("fail", error=Told.of(error)))
+            raise
+        except BaseException:  # this server stops, or nobody is left; who follows elsewhere carries it on
+            await publisher.stop()
+            with contextlib.suppress(RedisDown):
+                await asyncio.shield(lease.release())
+            raise
+        finally:
+            del self._held[flight]
+            await publisher.stop()
+
+    # --- following -----------------------------------------------------------------------------
+
+    async def _follow(self, flight: Flight) -> Boarded | None:
+        """Pass on what another process flies. None when it ended; else what boarding gave, once something changed.
+
+        Raises:
+            RedisDown, _Unreadable: there is nothing to follow any more.
+        """
+        log_book = _LogBook(flight)
+        await self._reader.follow(flight.uid, log_book.take)
+        try:
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._settings.flight_lease_s / 3):
+                        while not flight.is_over and not log_book.is_unreadable:
+                            await flight.news()
+                if flight.is_over:
+                    return None
+                if log_book.is_unreadable:
+                    raise _Unreadable
+                boarded = await self._leases.board(flight.ticket.key, flight.uid)
+                if boarded.lease is not None:
+                    await self._reader.catch_up(flight.uid)  # the last that the old leader said
+                    return boarded
+                if boarded.uid != flight.uid:
+                    return boarded
+        finally:
+            self._reader.leave(flight.uid)
+            with contextlib.suppress(RedisDown):
+                await self._leases.leave(flight.ticket.key)
+
+    async def _read_what_was_flown(self, flight: Flight) -> None:
+        """Take over a flight that nobody here followed: what its clients have seen comes first. Raises RedisDown."""
+        log_book = _LogBook(flight)
+        await self._reader.follow(flight.uid, log_book.take)
+        self._reader.leave(flight.uid)
+        if log_book.is_unreadable:
+            flight.events.clear()
+            flight.checks.clear()
+
+    async def _found_elsewhere(self, uid: str) -> Flight | None:
+        """A flight of another process by its uid, followed from its first event; None where there is none."""
+        if self._is_alone:
+            return None
+        flight = Flight(Ticket("", Endpoint.CHAT, "", "", True, True, True), uid, True)
+        log_book = _LogBook(flight)
+        try:
+            await self._reader.follow(uid, log_book.take)
+        except RedisDown:
+            return None
+        if log_book.is_unreadable or not log_book.is_open:
+            self._reader.leave(uid)
+            return None
+        if known := self._by_uid.get(uid):  # another request found it meanwhile
+            return known
+        self._by_uid[uid] = flight
+        flight.pilot = self._spawn(self._watch(flight, log_book), "flight-resumed")
+        return flight
+
+    async def _watch(self, flight: Flight, log_book: _LogBook) -> None:
+        """Pass on a flight that this process could not lead: it has not seen its call."""
+        unheld, beat_s = 0, self._settings.flight_lease_s / 3
+        try:
+            while not flight.is_over and not log_book.is_unreadable:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(beat_s):
+                        await flight.news()
+                        continue
+                unheld = 0 if await self._leases.is_held(flight.ticket.key) else unheld + 1
+                if unheld > 6:  # two leases long nobody took it over
+                    break
+        except RedisDown:
+            pass
+        finally:
+            flight.fail(lost())
+            self._reader.leave(flight.uid)
+            self._landed(flight)
+
+    # --- bookkeeping ---------------------------------------------------------------------------
+
+    def _take_name(self, flight: Flight, uid: str) -> None:
+        if uid != flight.uid:
+            self._by_uid.pop(flight.uid, None)
+            flight.uid = uid
+            self._by_uid[uid] = flight
+
+    def _landed(self, flight: Flight) -> None:
+        if self._by_key.get(flight.ticket.key) is flight:
+            del self._by_key[flight.ticket.key]
+        if not flight.ticket.is_kept or not flight.is_finished:
+            self._forget(flight)
+            return
+        self._kept[flight.uid] = flight
+        while sum(kept.size_bytes for kept in self._kept.values()) > self._settings.stream_keep_bytes:
+            metrics.streams_evicted.inc()
+            self._forget(next(iter(self._kept.values())))
+        metrics.streams_kept_bytes.set(sum(kept.size_bytes for kept in self._kept.values()))
+        asyncio.get_running_loop().call_later(self._settings.stream_resume_s, self._forget, flight)
+
+    def _forget(self, flight: Flight) -> None:
+        if self._by_uid.get(flight.uid) is flight:
+            del self._by_uid[flight.uid]
+        if self._kept.get(flight.uid) is flight:
+            del self._kept[flight.uid]
+            metrics.streams_kept_bytes.set(sum(kept.size_bytes for kept in self._kept.values()))
+
+    def _spawn(self, work: object, name: str) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.create_task(work, name=name)  # type: ignore[arg-type]
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+class _Unreadable(Exception):
+    """Raised when a live stream has an entry missing, or one that is not its leader's."""
+
+
+class _Publisher:
+    """Writes what a leader says into the live stream, behind its back: a task that holds the lease as well."""
+
+    def __init__(self, flight: Flight, lease: Lease, seal: Seal, settings: Settings) -> None:
+        self._flight = flight
+        self._lease = lease
+        self._seal = seal
+        self._room_bytes = settings.stream_max_bytes
+        self._resume_ms = int(max(settings.stream_resume_s, settings.flight_lease_s) * 1000)
+        self._number = 0
+        self._said: list[bytes] = []
+        self._ended = False
+        self._news = asyncio.Event()
+        ticket = flight.ticket
+        about = About(ticket.key, ticket.endpoint.value, ticket.owner, ticket.weights, ticket.is_stream)
+        self._opening = self.entry("open", about=about)
+        self._task = asyncio.create_task(self._write_on(), name="flight-publisher")
+
+    def say(self, event: bytes) -> None:
+        if self._room_bytes >= 0:
+            self._room_bytes -= len(event)
+            self._said.append(event)
+            self._news.set()
+
+    def entry(self, kind: str, **members: object) -> Callable[[], bytes]:
+        """Numbered when it is written, since entries follow each other without a gap."""
+
+        def made() -> bytes:
+            number, self._number = self._number, self._number + 1
+            return self._seal.close(Entry(kind, self._lease.token, number, **members), self._lease.uid)  # type: ignore[arg-type]
+
+        return made
+
+    async def end(self, last: Callable[[], bytes]) -> None:
+        """Write what is left, and the last entry."""
+        self._ended = True
+        self._news.set()
+        try:
+            async with asyncio.timeout(CLOSE_S):
+                await asyncio.shield(asyncio.wait({self._task}))
+                if self._flight.may_record:
+                    await self._write(last(), is_last=True)
+        except LeaseLost:
+            self._lost()
+        except TimeoutError:  # Redis is gone; the lease expires by itself
+            return
+
+    async def stop(self) -> None:
+        self._task.cancel()
+        await asyncio.wait({self._task})
+
+    async def _write_on(self) -> None:
+        try:
+            await self._write(self._opening())
+            while not (self._ended and not self._said):
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._lease.beat_s):
+                        await self._news.wait()
+                self._news.clear()
+                await self._write(self._collected())
+                if not self._ended:
+                    await asyncio.sleep(PUBLISH_GAP_S)
+        except LeaseLost:
+            self._lost()
+
+    def _lost(self) -> None:
+        """We were away too long: another leads. Our clients go on with what we generate; the world hears no more."""
+        self._flight.may_record = False
+        metrics.leases_lost.inc()
+        log.warning("a flight lost its lease; it goes on for the clients of this server alone")
+
+    def _collected(self) -> bytes:
+        said, self._said = self._said, []
+        if self._room_bytes < 0:
+            return self.entry("cut")() if said else b""
+        return self.entry("events", content=b"".join(said))() if said else b""
+
+    async def _write(self, entry: bytes, *, is_last: bool = False) -> None:
+        """Once, or again until it is there: readers know an entry that comes twice by its number. Raises LeaseLost."""
+        while True:
+            try:
+                await self._lease.publish(entry, is_last=is_last, keep_ms=self._resume_ms if is_last else None)
+            except RedisDown:
+                await asyncio.sleep(self._lease.beat_s)
+            else:
+                return
+
+
+class _LogBook:
+    """Puts a live stream's entries into a flight: each once, in order, also when the leader changes."""
+
+    def __init__(self, flight: Flight) -> None:
+        self._flight = flight
+        self._token: str | None = None
+        self._next = 0
+        self._splice: wire.Splice | None = None
+        self.is_unreadable = False
+
+    @property
+    def is_open(self) -> bool:
+        return self._token is not None
+
+    def take(self, entry: Entry | None) -> None:
+        if self.is_unreadable or self._flight.is_over:
+            return
+        try:
+            self._take(entry)
+        except Diverged:
+            self._flight.fail(EngineFailed(_DIVERGED))
+        except _Unreadable:
+            self.is_unreadable = True
+            self._flight.wake()
+
+    def _take(self, entry: Entry | None) -> None:
+        if entry is None or entry.kind == "cut":
+            raise _Unreadable
+        if entry.kind == "open":
+            self._open(entry)
+            return
+        if entry.token != self._token or entry.number > self._next:
+            raise _Unreadable
+        if entry.number < self._next:
+            return
+        self._next += 1
+        if entry.kind == "end":
+            if entry.tokens:
+                self._flight.timings.prompt_tokens, self._flight.timings.completion_tokens = entry.tokens
+            self._flight.finish()
+        elif entry.kind == "fail" and entry.error is not None:
+            self._flight.fail(entry.error.error())
+        elif self._flight.is_stream:
+            for event in wire.split(entry.content):
+                fresh = self._splice.fit(event) if self._splice else event
+                if fresh is not None:
+                    self._flight.add(fresh)
+        elif not self._flight.events:
+            self._flight.add(entry.content)
+
+    def _open(self, entry: Entry) -> None:
+        if entry.token == self._token:
+            return
+        if entry.about is None or entry.number != 0:
+            raise _Unreadable
+        self._token, self._next = entry.token, 1
+        flight, about = self._flight, entry.about
+        if not flight.ticket.key:  # found by its uid alone
+            endpoint = Endpoint(about.endpoint)
+            flight.ticket = Ticket(about.key, endpoint, about.owner, about.weights, about.is_stream, True, True)
+        if not flight.events:
+            flight.is_stream = about.is_stream
+        self._splice = wire.Splice(flight.ticket.endpoint, flight.events) if flight.events else None
+
+
+def _is_published(ticket: Ticket) -> bool:
+    return ticket.is_shared or ticket.is_kept
+
+
+def _is_awaited(flight: Flight) -> bool:
+    """Whether a client may come back for the rest: only a stream can be gone on with."""
+    return flight.ticket.is_kept and flight.was_streamed
+
+
+def _end(flight: Flight) -> None:
+    if flight.pilot is not None:
+        flight.pilot.cancel()
+
+
+def _tokens(flight: Flight) -> tuple[int, int] | None:
+    timings = flight.timings
+    if timings.prompt_tokens is None or timings.completion_tokens is None:
+        return None
+    return timings.prompt_tokens, timings.completion_tokens

@@ -1,0 +1,217 @@
+"""A flight's events in Redis: what its leader writes, and one reader for all that this process follows.
+
+The live stream is a Redis stream of entries. Each leader opens with an `open` entry under its token; its others
+are numbered on from there, so that a reader knows an entry that is missing. The last is `end` or `fail`: a stream
+without either is one whose leader still works, or died.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import logging
+from collections.abc import Callable
+from typing import Any, Literal
+
+import msgspec
+from redis.exceptions import RedisError, ResponseError
+
+from app.cache.link import Link, client
+from app.errors import AppError, RedisDown
+from app.flight import names
+from app.settings import Settings
+
+log = logging.getLogger(__name__)
+
+# Longest that a read waits at the server; a stream that is newly followed joins the next read.
+BLOCK_MS = 100
+# Entries taken per stream and read, so that one long stream does not hold up the others.
+READ_COUNT = 64
+RETRY_S = 0.25
+_MAC_BYTES = 16
+
+
+class Told(msgspec.Struct, frozen=True, array_like=True):
+    """The public face of an error, on its way to another process."""
+
+    message: str
+    status: int
+    type: str
+    code: str | None
+    param: str | None
+    headers: dict[str, str]
+
+    @classmethod
+    def of(cls, error: AppError) -> Told:
+        return cls(error.message, error.status, error.type, error.code, error.param, error.headers)
+
+    def error(self) -> AppError:
+        return AppError(
+            self.message,
+            status=self.status,
+            type=self.type,
+            code=self.code,
+            param=self.param,
+            headers=self.headers,
+        )
+
+
+class About(msgspec.Struct, frozen=True, array_like=True):
+    """What a flight is: enough to follow or resume it without having seen its call."""
+
+    key: str
+    endpoint: str
+    owner: str
+    weights: str
+    is_stream: bool
+
+
+class Entry(msgspec.Struct, frozen=True, array_like=True):
+    """`content` are whole events of the leader's form (or the body); `about` is in `open`, `error` in `fail`.
+
+    `cut`: the leader goes on and publishes no more, for the stream has become too large.
+    """
+
+    kind: Literal["open", "events", "end", "fail", "cut"]
+    token: str
+    number: int
+    content: bytes = b""
+    about: About | None = None
+    error: Told | None = None
+    tokens: tuple[int, int] | None = None
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(Entry).decode
+
+
+class Seal:
+    """Entries to bytes and back; with a secret each is signed for the stream it is in."""
+
+    def __init__(self, secret: bytes | None) -> None:
+        self._secret = secret
+
+    def close(self, entry: Entry, uid: str) -> bytes:
+        content = _encode(entry)
+        return self._tag(uid, content) + content
+
+    def open(self, value: bytes, uid: str) -> Entry | None:
+        """The entry, or None: foreign, broken, or signed by somebody else."""
+        tag, content = value[:_MAC_BYTES], value[_MAC_BYTES:]
+        if not hmac.compare_digest(tag, self._tag(uid, content)):
+            return None
+        try:
+            return _decode(content)
+        except ValueError:
+            return None
+
+    def _tag(self, uid: str, content: bytes) -> bytes:
+        digest = hashlib.blake2b(uid.encode(), digest_size=_MAC_BYTES, key=self._secret or b"", person=b"refrain.live")
+        digest.update(content)
+        return digest.digest()
+
+
+class _Followed:
+    def __init__(self, uid: str, take: Callable[[Entry | None], None]) -> None:
+        self.uid = uid
+        self.take = take
+        self.last = b"0"
+
+
+class Reader:
+    """Reads the live streams that this process follows, all in one blocking read, on a connection of its own."""
+
+    def __init__(self, settings: Settings, link: Link, url: str, seal: Seal) -> None:
+        self._namespace = settings.redis_namespace
+        self._one_by_one = settings.redis_cluster  # in a Cluster the keys of one command must share a slot
+        patient = settings.model_copy(update={"redis_timeout_s": settings.redis_timeout_s + BLOCK_MS / 1000 + 0.5})
+        self._open_client: Callable[[], Any] = lambda: client(patient, url)
+        self._client: Any = None
+        self._link = link
+        self._seal = seal
+        self._followed: dict[str, _Followed] = {}
+        self._wanted = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def follow(self, uid: str, take: Callable[[Entry | None], None]) -> None:
+        """Give `take` every entry from the stream's first on, in order; None for one that is not ours.
+
+        What is there already has been taken when this returns. Raises RedisDown.
+        """
+        followed = _Followed(uid, take)
+        await self._catch_up(followed)
+        self._followed[names.live(self._namespace, uid)] = followed
+        self._wanted.set()
+        if self._task is None:
+            self._task = asyncio.create_task(self._read_on(), name="live-reader")
+
+    def leave(self, uid: str) -> None:
+        self._followed.pop(names.live(self._namespace, uid), None)
+
+    async def catch_up(self, uid: str) -> None:
+        """Take what a followed stream holds and has not been taken. Raises RedisDown."""
+        if followed := self._followed.get(names.live(self._namespace, uid)):
+            await self._catch_up(followed)
+
+    async def close(self) -> None:
+        if self._task:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        if self._client is not None:
+            await self._client.aclose()
+
+    async def _catch_up(self, followed: _Followed) -> None:
+        name = names.live(self._namespace, followed.uid)
+        while True:
+            after = "-" if followed.last == b"0" else b"(" + followed.last
+            try:
+                found = await self._link.ask(_range(name, after))
+            except ResponseError as error:
+                raise RedisDown(str(error)) from error
+            self._hand(followed, found)
+            if len(found) < READ_COUNT:
+                return
+
+    async def _read_on(self) -> None:
+        while True:
+            if not self._followed:
+                self._wanted.clear()
+                await self._wanted.wait()
+            try:
+                await self._read()
+            except (RedisError, OSError) as error:  # who follows finds out by its lease whether Redis is gone
+                log.debug("a read of live streams failed: %s", error)
+                await asyncio.sleep(RETRY_S)
+
+    async def _read(self) -> None:
+        if self._client is None:
+            self._client = self._open_client()
+        asked = dict(self._followed)
+        if self._one_by_one:
+            for name, each in asked.items():
+                after = "-" if each.last == b"0" else b"(" + each.last
+                self._hand(each, await self._client.xrange(name, after, "+", count=READ_COUNT))
+            await asyncio.sleep(BLOCK_MS / 1000)
+            return
+        positions: dict[Any, Any] = {name: followed.last for name, followed in asked.items()}
+        answer = await self._client.xread(positions, count=READ_COUNT, block=BLOCK_MS) or {}
+        for name, found in answer.items() if isinstance(answer, dict) else answer:
+            batch = found[0] if isinstance(answer, dict) else found
+            if (followed := asked.get(name.decode())) is not None:
+                self._hand(followed, batch)
+
+    def _hand(self, followed: _Followed, found: list[Any]) -> None:
+        for ident, members in found:
+            if _order(ident) > _order(followed.last):  # both kinds of read may bring an entry
+                followed.last = ident
+                followed.take(self._seal.open(members.get(b"e", b""), followed.uid))
+
+
+def _order(ident: bytes) -> tuple[int, int]:
+    milliseconds, _, number = ident.partition(b"-")
+    return int(milliseconds), int(number or 0)
+
+
+def _range(name: str, after: Any) -> Callable[[Any], Any]:
+    return lambda redis: redis.xrange(name, after, "+", count=READ_COUNT)

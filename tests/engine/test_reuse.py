@@ -1,0 +1,124 @@
+"""What one recording serves, against the real engine's own answer to each call: rule by rule."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.engine.conftest import ANEW, CHAT, MODEL, ONLY_CACHED, chat, metric, payloads
+
+pytestmark = pytest.mark.engine
+
+ANTHEM = [{"role": "user", "content": "Write three short lines about the sea, each with one emoji."}]
+MADE_UP = {"id", "created"}
+UNSAVED = {"Cache-Control": "no-cache, no-store"}
+
+
+def told(response: httpx.Response) -> dict[str, Any]:
+    assert response.status_code == 200, response.text
+    return {name: value for name, value in response.json().items() if name not in MADE_UP}
+
+
+def own_answer(http: httpx.Client, path: str, body: dict) -> dict[str, Any]:
+    """The engine's, without the cache."""
+    return told(http.post(path, json=body, headers=UNSAVED))
+
+
+@pytest.mark.parametrize("first_streams", [True, False])
+def test_a_longer_answer_serves_every_smaller_limit_as_the_engine_would(
+    http: httpx.Client, first_streams: bool
+) -> None:
+    """Text, finish reason and usage, at every limit; emoji are several tokens that are one character."""
+    body = chat(messages=ANTHEM, max_tokens=24, user=str(first_streams))
+    assert http.post(CHAT, json=body | {"stream": first_streams}, headers=ANEW).headers["x-cache"] == "miss"
+    served = 0
+    for limit in range(1, 24):
+        cut = http.post(CHAT, json=body | {"max_tokens": limit}, headers=ONLY_CACHED)
+        if cut.status_code == 504:  # its boundary is not known; then it is not served
+            continue
+        served += 1
+        assert told(cut) == own_answer(http, CHAT, body | {"max_tokens": limit}), limit
+        stream = http.post(CHAT, json=body | {"max_tokens": limit, "stream": True}, headers=ONLY_CACHED).text
+        said = "".join(each["choices"][0]["delta"].get("content") or "" for each in payloads(stream)[:-1])
+        assert said == cut.json()["choices"][0]["message"]["content"]
+        assert payloads(stream)[-2]["choices"][0]["finish_reason"] == "length"
+    assert served >= 20
+
+
+def test_a_longer_completion_serves_smaller_limits_too(http: httpx.Client) -> None:
+    body = {"model": MODEL, "prompt": "The sea is", "temperature": 0, "max_tokens": 20}
+    http.post("/v1/completions", json=body, headers=ANEW)
+    for limit in (1, 7, 16):
+        cut = http.post("/v1/completions", json=body | {"max_tokens": limit}, headers=ONLY_CACHED)
+        assert told(cut) == own_answer(http, "/v1/completions", body | {"max_tokens": limit}), limit
+    default = {name: value for name, value in body.items() if name != "max_tokens"}
+    assert told(http.post("/v1/completions", json=default, headers=ONLY_CACHED)) == own_answer(
+        http, "/v1/completions", default
+    )
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/messages"])
+def test_an_answer_that_ended_by_itself_serves_every_limit_from_there_on(http: httpx.Client, path: str) -> None:
+    body = chat(max_tokens=40)
+    ended = http.post(path, json=body, headers=ANEW).json()
+    usage = ended["usage"]
+    length = usage.get("completion_tokens") or usage["output_tokens"]
+    assert length < 40
+    for limit in (length, length + 1, 41, 1000):
+        served = http.post(path, json=body | {"max_tokens": limit}, headers=ONLY_CACHED)
+        assert told(served) == own_answer(http, path, body | {"max_tokens": limit}), limit
+    too_much = http.post(path, json=body | {"max_tokens": 10**6}, headers=ONLY_CACHED)
+    assert too_much.status_code == 504, "whether that may be asked is the engine's to say"
+
+
+def test_a_stop_string_at_the_limit_is_an_end_by_itself(http: httpx.Client) -> None:
+    body = chat(stop=["France"], max_tokens=30)
+    length = http.post(CHAT, json=body, headers=ANEW).json()["usage"]["completion_tokens"]
+    for limit in (length, length + 5):
+        served = http.post(CHAT, json=body | {"max_tokens": limit}, headers=ONLY_CACHED)
+        assert told(served) == own_answer(http, CHAT, body | {"max_tokens": limit}), limit
+    assert http.post(CHAT, json=body | {"max_tokens": length - 1}, headers=ONLY_CACHED).status_code == 504
+
+
+def test_more_choices_serve_fewer(http: httpx.Client) -> None:
+    body = chat(n=4, temperature=0.8, seed=7, max_tokens=12)
+    http.post(CHAT, json=body, headers=ANEW)
+    for n in (1, 2, 3):
+        served = http.post(CHAT, json=body | {"n": n}, headers=ONLY_CACHED)
+        assert told(served) == own_answer(http, CHAT, body | {"n": n}), n
+    assert http.post(CHAT, json=body | {"n": 5}, headers=ONLY_CACHED).status_code == 504
+
+
+def test_an_answer_with_log_probabilities_serves_one_without(http: httpx.Client) -> None:
+    plain = chat(max_tokens=8, top_p=0.99)
+    body = plain | {"logprobs": True, "top_logprobs": 2}
+    for stream in (True, False):
+        http.post(CHAT, json=body | {"stream": stream}, headers=ANEW)
+        assert told(http.post(CHAT, json=plain, headers=ONLY_CACHED)) == own_answer(http, CHAT, plain)
+    assert http.post(CHAT, json=body | {"top_logprobs": 3}, headers=ONLY_CACHED).status_code == 504
+
+
+def test_sixty_four_at_once_are_one_generation(http: httpx.Client) -> None:
+    """By the engine's own counter; half of them stream, and they come over two seconds."""
+    question = f"Tell me about rivers, please. ({secrets.token_hex(4)})"
+    body = chat(messages=[{"role": "user", "content": question}], max_tokens=64)
+    before = metric(http, "vllm:request_success_total")
+
+    def ask(number: int) -> str:
+        time.sleep(number / 32)  # they come one after the other
+        response = many.post(CHAT, json=body | {"stream": bool(number % 2)})
+        if number % 2:
+            chunks = payloads(response.text)[:-1]
+            return "".join(each["choices"][0]["delta"].get("content") or "" for each in chunks if each["choices"])
+        return response.json()["choices"][0]["message"]["content"]
+
+    limits = httpx.Limits(max_connections=None)
+    with httpx.Client(base_url=http.base_url, timeout=240, limits=limits) as many, ThreadPoolExecutor(64) as pool:
+        texts = set(pool.map(ask, range(64)))
+    assert len(texts) == 1
+    assert metric(http, "vllm:request_success_total") - before == 1

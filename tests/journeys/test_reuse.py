@@ -1,0 +1,157 @@
+"""Recordings that serve more than the call they were made for; pools; what is past its time; what is refused."""
+
+from __future__ import annotations
+
+import secrets
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import redis
+
+from app.errors import BadCall, EngineFailed
+from app.gate.keys import KeyFile
+from tests.conftest import RedisServer, Running, chat, until
+from tests.flight.asking import CHAT, Asking, on_loop, script_of
+
+
+def post(running: Running, body: dict, **headers: str):
+    with running.client() as client:
+        return client.post(CHAT, json=body, headers={name.replace("_", "-"): each for name, each in headers.items()})
+
+
+def said(response) -> str:
+    return response.json()["choices"][0]["message"]["content"]
+
+
+def test_a_longer_answer_serves_smaller_limits_cut_at_the_token(server: Running) -> None:
+    whole = said(post(server, chat(max_tokens=12)))
+    cut = post(server, chat(max_tokens=5))
+    assert cut.headers["x-cache"] == "hit"
+    assert said(cut) == "".join(f"{word} " for word in whole.split()[:5])
+    assert cut.json()["usage"]["completion_tokens"] == 5
+    assert cut.json()["choices"][0]["finish_reason"] == "length"
+    assert post(server, chat(max_completion_tokens=5)).headers["x-cache"] == "hit"
+    assert post(server, chat(max_tokens=13)).headers["x-cache"] == "miss", "it did not end by itself"
+    assert post(server, chat(max_tokens=12)).headers["x-cache"] == "hit", "and the longer one serves them all"
+
+
+def test_what_cannot_be_cut_is_kept_beside_and_both_stay_hits(server: Running) -> None:
+    """A tool call cut short is none; so each limit has an answer of its own, and neither drives the other out."""
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    one, other = chat(max_tokens=5, tools=[tool]), chat(max_tokens=9, tools=[tool])
+    assert [post(server, body).headers["x-cache"] for body in (one, other)] == ["miss", "miss"]
+    assert [post(server, body).headers["x-cache"] for body in (one, other, one)] == ["hit"] * 3
+
+
+def test_no_cache_refreshes_what_a_family_serves(server: Running) -> None:
+    post(server, chat(max_tokens=9))
+    assert post(server, chat(max_tokens=5), cache_control="no-cache").headers["x-cache"] == "miss"
+    assert post(server, chat(max_tokens=5)).headers["x-cache"] == "hit"
+
+
+def test_a_pool_keeps_its_variety_and_stops_the_cost(serve: Callable[..., Running]) -> None:
+    running = serve(cache_samples=4)
+    drawn = Counter(post(running, chat(temperature=1)).headers["x-cache-key"] for _ in range(80))
+    assert len(drawn) == 4
+    assert len(running.engine.calls) == 4
+    assert min(drawn.values()) >= 5, "uniform: fewer than 5 of 80 happens once in 100,000"
+    assert post(running, chat()).headers["x-cache-key"] not in drawn, "a greedy call draws nothing"
+    assert post(running, chat(temperature=1, seed=5)).headers["x-cache-key"] not in drawn
+
+
+def test_a_pool_can_be_asked_for_by_a_call_and_follow_its_user(server: Running) -> None:
+    assert post(server, chat(temperature=1)).headers["x-cache"] == "bypass"
+    pool = {"samples": 16, "sticky": True}
+    for user in ("ann", "bob"):
+        keys = {post(server, chat(temperature=1, user=user, cache=pool)).headers["x-cache-key"] for _ in range(5)}
+        assert len(keys) == 1, user
+    refused = post(server, chat(temperature=1, cache={"samples": 1000}))
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "cache.samples"
+
+
+def test_an_idempotency_key_holds_one_draw(serve: Callable[..., Running]) -> None:
+    running = serve(cache_samples=8)
+    replies = [post(running, chat(temperature=1), idempotency_key="k") for _ in range(6)]
+    assert len({reply.headers["x-cache-key"] for reply in replies}) == 1
+
+
+def test_past_its_time_a_recording_answers_while_one_call_refreshes_it(serve: Callable[..., Running]) -> None:
+    running = serve(cache_ttl_s=1, cache_stale_while_revalidate_s=60)
+    post(running, chat())
+    replies: list[str] = []
+
+    def refreshed() -> bool:
+        replies.append(post(running, chat()).headers["x-cache"])
+        return replies[-1] == "hit" and "stale" in replies
+
+    until(refreshed)
+    assert set(replies) <= {"hit", "stale"}, "nobody waited"
+    assert len(running.engine.calls) == 2
+
+
+def test_past_its_time_a_recording_answers_where_the_engine_fails(serve: Callable[..., Running]) -> None:
+    running = serve(cache_ttl_s=1, cache_stale_if_error_s=60, is_driven=True)
+    first, script = Asking(running.url, chat()), script_of(running)
+    on_loop(running, script.say, "hello ")
+    on_loop(running, script.finish)
+    assert first.done().text == "hello "
+    until(lambda: int(post(running, chat(), cache_control="only-if-cached").headers.get("age", 9)) >= 1)
+    until(lambda: post(running, chat(), cache_control="only-if-cached").status_code == 504)
+    for stream in (False, True):
+        asked, script = Asking(running.url, chat(stream=stream)), script_of(running)
+        on_loop(running, script.fail, EngineFailed("the engine failed on this call"))
+        assert asked.done().status == "stale"
+        assert asked.text == "hello "
+
+
+def test_a_call_refused_for_good_is_refused_from_memory(serve: Callable[..., Running]) -> None:
+    running = serve(cache_negative_s=60, is_driven=True)
+    first, script = Asking(running.url, chat()), script_of(running)
+    on_loop(running, script.fail, BadCall("the prompt is too long", param="messages"))
+    first.done()
+    for _ in range(5):
+        again = post(running, chat())
+        assert (again.status_code, again.json()["error"]["param"]) == (400, "messages")
+    assert len(running.engine.calls) == 1
+
+
+def test_without_the_settings_nothing_of_this_happens(serve: Callable[..., Running]) -> None:
+    running = serve(is_driven=True)
+    for _ in range(2):
+        asked, script = Asking(running.url, chat()), script_of(running)
+        on_loop(running, script.fail, BadCall("the prompt is too long", param="messages"))
+        assert asked.done().response.status_code == 400
+    assert len(running.engine.calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("scope", "shared"), [("tenant", (True, False)), ("global", (True, True)), ("key", (False, False))]
+)
+def test_who_shares_answers_is_the_servers_setting_alone(
+    serve: Callable[..., Running], settings, scope: str, shared: tuple[bool, bool]
+) -> None:
+    file = KeyFile(settings.home / "keys.json")
+    first, colleague, stranger = ({"authorization": f"Bearer {file.create(who)[0]}"} for who in ("one", "one", "two"))
+    running = serve(cache_scope=scope)
+    assert post(running, chat(), **first).headers["x-cache"] == "miss"
+    assert post(running, chat(), **first).headers["x-cache"] == "hit"
+    for other, is_shared in zip((colleague, stranger), shared, strict=True):
+        assert (post(running, chat(), **other).headers["x-cache"] == "hit") is is_shared
+    widened = post(running, chat("new", cache={"scope": "global"}), **first)
+    assert widened.status_code == 400, "a request cannot widen it"
+
+
+def test_with_a_secret_nobody_else_can_plant_an_answer(serve: Callable[..., Running], own_redis: RedisServer) -> None:
+    """A writer in Redis without the secret makes a valid recording by the book; it does not open."""
+    namespace = f"mac{secrets.token_hex(4)}"
+    with_secret = serve(own_redis, redis_namespace=namespace, cache_secret="s" * 32)
+    without = serve(own_redis, redis_namespace=namespace)
+    assert post(without, chat()).headers["x-cache"] == "miss", "planted"
+    assert post(with_secret, chat()).headers["x-cache"] == "miss"
+    assert post(with_secret, chat()).headers["x-cache"] == "hit"
+    client = redis.Redis(unix_socket_path=str(own_redis.directory / "r.sock"))
+    (name,) = client.keys(f"{namespace}:answer:*")
+    assert post(without, chat()).headers["x-cache"] == "miss", "and it opens none of theirs"
+    assert client.get(name)
