@@ -25,6 +25,7 @@ from typing import Any
 
 from app import wire
 from app.cache import reuse
+from app.cache.explain import Explanation, explain
 from app.cache.key import cache_key, is_deterministic, why_uncacheable
 from app.cache.policy import NONE, Directives
 from app.cache.recording import Recording
@@ -189,6 +190,11 @@ class Service:
         slot = Slot(call.caller.tenant, self.weights.name, key, ttl_s=self._settings.idempotency_ttl_s)
         return replace(plan, slot=slot, shape=Shape(), may_read=True, may_write=True, directives=NONE, samples=0)
 
+    def explain(self, call: Call, directives: Directives) -> Explanation:
+        """What the key of this call is made of, or why it has none."""
+        reason = self._why_bypass(call, directives)
+        return explain(call, self.weights, scope=self._scope(call.caller), reason=reason)
+
     # 2 -------------------------------------------------------------------------------------------
 
     async def recall(self, call: Call, plan: Plan) -> Reply | None:
@@ -330,7 +336,8 @@ class Service:
     def _ticket(self, call: Call, plan: Plan) -> Ticket:
         """Calls that may read and write the same entry share a flight; every other has one of its own."""
         is_shared = plan.slot is not None and plan.may_read and plan.may_write
-        is_stream = call.is_streaming or (is_shared and reads_the_same_streamed(call))
+        is_recorded = plan.slot is not None and plan.may_write
+        is_stream = call.is_streaming or (is_recorded and reads_the_same_streamed(call))
         is_kept = self._settings.stream_resume_s > 0 and is_stream and not plan.directives.no_store
         key = plan.exact.key if plan.exact is not None and is_shared else secrets.token_hex(32)
         shared_by, own = self._owned_by(call.caller)
