@@ -260,6 +260,31 @@ def cache_purge(
     out.print(f"purged {_with_store(purge)}")
 
 
+@cache.command("explain")
+def cache_explain(
+    request: Annotated[Path, typer.Argument(help="A file with the JSON body of a request.")],
+    other: Annotated[Path | None, typer.Argument(help="A second one: print what differs.")] = None,
+    endpoint: Annotated[str, typer.Option(help="The path it is sent to.")] = "/v1/chat/completions",
+    tenant: Annotated[str, typer.Option(help="Whose call it is.")] = "default",
+    as_json: Json = False,
+) -> None:
+    """Why a request hits or misses: its canonical form, its key, what is left out. With two: what differs."""
+    from app.explaining import explained, looked_up
+
+    settings = load()
+    with _progress() as report:
+        found = [explained(settings, each, endpoint, tenant, report) for each in (request, other) if each is not None]
+    told = found[0].told if other is None else found[0].against(found[1])
+    if other is None and found[0].is_cacheable and _redis_url(settings) is not None:
+        told["now"] = _with_store(lambda store: looked_up(store, found[0]))
+    if as_json:
+        out.print_json(data=told)
+        return
+    for name, value in told.items():
+        out.print(f"[bold]{name}[/bold]")
+        out.print_json(data=value) if isinstance(value, (dict, list)) else out.print(f"  {value}", soft_wrap=True)
+
+
 @keys.command("create")
 def keys_create(
     tenant: Annotated[str, typer.Option(help="Whose key it is; tenants never see each other's answers.")],
@@ -301,12 +326,11 @@ def keys_revoke(key_id: Annotated[str, typer.Argument(help="The id that `refrain
 
 def _with_store(work: Callable[[Any], Awaitable[Any]]) -> Any:
     """Run `work` on the recordings of the Redis in the settings, or of the server that runs with this home."""
-    from app.cache.embedded import running
     from app.cache.link import Link
     from app.cache.store import Store
 
     settings = load()
-    url = settings.redis_url.get_secret_value() if settings.redis_url else next(running(settings.home), None)
+    url = _redis_url(settings)
     if url is None:
         raise StartRefused(
             f"no server runs with the home {settings.home}, so there is no embedded cache to look into; "
@@ -325,6 +349,12 @@ def _with_store(work: Callable[[Any], Awaitable[Any]]) -> Any:
             await link.close()
 
     return asyncio.run(run())
+
+
+def _redis_url(settings: Settings) -> str | None:
+    from app.cache.embedded import running
+
+    return settings.redis_url.get_secret_value() if settings.redis_url else next(running(settings.home), None)
 
 
 @contextmanager

@@ -103,6 +103,14 @@ def create_app(
     return app
 
 
+def create_service(settings: Settings, weights: Weights) -> Service:
+    """The rooms of a server that is not started: to ask what it would do. Nothing is connected to."""
+    url = settings.redis_url.get_secret_value() if settings.redis_url else "unix:///nowhere"
+    link = Link(settings, url)
+    flights = Flights(settings, link, url, is_alone=True)
+    return Service(settings, weights, make_engine(settings, weights, None), Store(settings, link), flights)
+
+
 def open_gate(settings: Settings) -> Gate:
     """The gate that the settings allow; raises StartRefused where an open address has no keys."""
     gate = Gate(KeyFile(settings.keys_path))

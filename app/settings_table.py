@@ -18,7 +18,7 @@ _BETWEEN = re.compile(r"(<!-- settings:begin[^>]*-->\n).*?(<!-- settings:end -->
 
 def table() -> str:
     rows = [
-        f"| `{PREFIX}{name.upper()}` | {_kind(field.annotation)} | {_default(name, field)} | {field.description} |"
+        f"| `{PREFIX}{name.upper()}` | {_values(name, field)} | {_default(name, field)} | {field.description} |"
         for name, field in Settings.model_fields.items()
     ]
     return "\n".join(["| variable | values | default | what it does |", "|---|---|---|---|", *rows]) + "\n"
@@ -29,12 +29,22 @@ def with_table(readme: str) -> str:
     return _BETWEEN.sub(lambda marks: marks[1] + table() + marks[2], readme)
 
 
+def _values(name: str, field: FieldInfo) -> str:
+    return "URL" if name.endswith("_url") else _kind(field.annotation)
+
+
 def _kind(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return ", ".join(map(str, get_args(annotation)))
     if isinstance(annotation, UnionType):
         return ", ".join(_kind(part) for part in get_args(annotation) if part is not NoneType)
-    names: dict[Any, str] = {str: "text", float: "number", int: "whole number", bool: "true, false", SecretStr: "URL"}
+    names: dict[Any, str] = {
+        str: "text",
+        float: "number",
+        int: "whole number",
+        bool: "true, false",
+        SecretStr: "secret",
+    }
     return names.get(annotation, "path" if annotation is Path else "JSON")
 
 

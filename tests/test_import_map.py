@@ -27,7 +27,8 @@ app/swap.py                                domain, errors, engine, observe, serv
 app/api/                                   domain, errors, settings, wire, service, serving, swap, gate, observe,
                                            `Phase` of engine, `policy` of cache, `names` of flight
                                                                                            fastapi, starlette
-    openapi.py                             errors; vllm and openai inside `build`: it is a generator, not the server
+    openapi.py                             domain, errors; vllm and openai inside `build`: a generator, not the server
+app/explaining.py                          everything: a command's inside
 app/main.py                                everything: the wiring                          fastapi, uvicorn
 app/__main__.py                            everything, inside its commands                 typer, rich
 ```
@@ -71,6 +72,7 @@ OURS: dict[str, set[str]] = {
     "app.cache.fields": {"app.domain"},
     "app.cache.near": {"app.cache.recording", "app.observe"},
     "app.cache.policy": {"app.errors"},
+    "app.cache.explain": {"app.cache", "app.cache.key", "app.cache.reuse", "app.domain"},
     "app.cache.recording": {"app.domain", "app.errors"},
     "app.cache.reuse": {"app.cache.recording", "app.domain"},
     "app.flight": {
@@ -107,6 +109,7 @@ OURS: dict[str, set[str]] = {
     "app.engine.preload": {"app.lifeline"},
     "app.service": {
         "app.replay",
+        "app.cache.explain",
         "app.cache.key",
         "app.cache.near",
         "app.cache.policy",
@@ -141,13 +144,14 @@ OURS: dict[str, set[str]] = {
         "app.swap",
         "app.wire",
     },
-    "app.api.openapi": {"app", "app.api.openapi_examples", "app.errors"},
+    "app.api.openapi": {"app", "app.api.openapi_examples", "app.domain", "app.errors"},
+    "app.explaining": {"app"},
     "app.main": {"app"},
     "app.__main__": {"app"},
 }
 # The rooms whose insides nobody but themselves and the wiring may reach into.
 DOORS = {"app.engine", "app.weights", "app.wire"}
-WIRING = {"app.main", "app.__main__"}
+WIRING = {"app.main", "app.__main__", "app.explaining"}
 
 # A vendor -> the modules that may import it. What is not here anybody may (msgspec, pydantic, prometheus_client).
 VENDORS: dict[str, set[str]] = {

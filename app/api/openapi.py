@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from app import __version__
 from app.api import openapi_examples as examples
 from app.api.openapi_examples import MODEL
+from app.domain import CacheStatus
 from app.errors import (
     AppError,
     BadCall,
@@ -22,10 +23,12 @@ from app.errors import (
     BodyTooLarge,
     EngineFailed,
     Forbidden,
+    KeyReused,
     Loading,
     NotCached,
     NotJson,
     RateLimited,
+    StreamLost,
     SwapFailed,
     Unauthenticated,
     UnknownModel,
@@ -87,11 +90,15 @@ def build() -> Json:
 _DESCRIPTION = """\
 An OpenAI-compatible server around vLLM, with an exact response cache in front.
 
-**Cache.** `x-cache` says where an answer came from: `hit` (a recording), `miss` (generated, and recorded if that is
+**Cache.** `x-cache` says where an answer came from: `hit` (a recording), `stale` (one past its time, where the server
+allows that), `shared` (a generation that another call had begun), `miss` (generated, and recorded if that is
 allowed), `bypass` (kept apart from the cache). Unless the server is set otherwise, only calls that would be answered
 the same again are cached: those with `temperature: 0` or a `seed`. A recording made without `stream` answers a stream,
 and the reverse. Ask for something else with the header `Cache-Control`, or with a `cache` object in the body
 (`extra_body` in OpenAI's SDK).
+
+**Streams** carry event ids where the server keeps them for a while (`REFRAIN_STREAM_RESUME_S`). One that was cut off
+goes on after the event that you name in `Last-Event-ID`: repeat the POST with it, or `GET /v1/streams/{stream_id}`.
 
 **Errors** have OpenAI's shape; `type` and `request_id` beside it are for Anthropic's clients. A stream that breaks
 ends with one error event, never with a silent cut.
@@ -118,6 +125,10 @@ class CacheDirectives(BaseModel):
     no_store: bool = Field(False, description="Record nothing.")
     max_age: int | None = Field(None, ge=0, description="Take no recording that is older, in seconds.")
     only_if_cached: bool = Field(False, description="A recording or a 504; the engine is not asked.")
+    samples: int | None = Field(
+        None, ge=0, le=64, description="A sampled call draws from a pool of so many answers; 0: from none."
+    )
+    sticky: bool | None = Field(None, description="From a pool the same `user` draws the same answer.")
 
 
 class ErrorDetail(BaseModel):
@@ -399,6 +410,19 @@ _PARAMETERS: Json = {
             "cached": {"value": "only-if-cached", "summary": "A recording, or 504"},
         },
     },
+    "IdempotencyKey": {
+        "name": "Idempotency-Key",
+        "in": "header",
+        "description": "A retry with the same key and body gets the answer of the first try, or joins it. At most 255 "
+        "characters, kept for a day.",
+        "schema": {"type": "string"},
+    },
+    "LastEventId": {
+        "name": "Last-Event-ID",
+        "in": "header",
+        "description": "The id of the last event that you have of a stream that was cut off: it goes on after that.",
+        "schema": {"type": "string"},
+    },
     "RequestId": {
         "name": "x-request-id",
         "in": "header",
@@ -414,12 +438,19 @@ def _header(description: str, schema: Json, example: Any) -> Json:
 
 _HEADERS: Json = {
     "RequestId": _header("This request's id, as in the log and in errors.", {"type": "string"}, _REQUEST_ID),
-    "Cache": _header("Where the answer came from.", {"type": "string", "enum": ["hit", "miss", "bypass"]}, "hit"),
+    "Cache": _header(
+        "Where the answer came from.", {"type": "string", "enum": [status.value for status in CacheStatus]}, "hit"
+    ),
     "Age": _header("Seconds since the recording was made. On hits.", {"type": "integer", "minimum": 0}, 12),
     "CacheKey": _header(
         "SHA-256 of the canonical request. Not on calls that are kept apart from the cache.",
         {"type": "string", "pattern": "^[0-9a-f]{64}$"},
         "6988772bd37dfeb3a2bc8a9c73f357d4ac4a52a92dcf6277cc7ad6caf5af1e56",
+    ),
+    "StreamId": _header(
+        "For `GET /v1/streams/{stream_id}`. On streams that can be gone on with.",
+        {"type": "string"},
+        "6988772bd9c0b6f2a4e83d515e21c7f0n",
     ),
     "Weights": _header("The weights that answered: `name@digest`.", {"type": "string"}, f"{MODEL}@3f786850e387"),
     "ServerTiming": _header(
@@ -435,6 +466,7 @@ _ANSWER_HEADERS = {
     "x-cache": "Cache",
     "age": "Age",
     "x-cache-key": "CacheKey",
+    "x-stream-id": "StreamId",
     "x-weights": "Weights",
     "server-timing": "ServerTiming",
 }
@@ -457,6 +489,8 @@ _ERRORS: list[tuple[str, str, AppError]] = [
     ("BodyTimedOut", "The body is late.", BodyTimedOut("the request body did not arrive within 30 s")),
     ("BodyTooLarge", "The body is too large.", BodyTooLarge("the request body is larger than 8388608 bytes")),
     ("NotJson", "The body is not announced as JSON.", NotJson("the content type must be application/json")),
+    ("Gone", "The stream cannot be gone on with.", StreamLost("this stream cannot be gone on with from here")),
+    ("KeyReused", "The key was used otherwise.", KeyReused("this Idempotency-Key was used with another request")),
     ("RateLimited", "Too many requests.", RateLimited("this key's rate is exceeded", retry_after_s=2)),
     ("Broken", "The generation broke.", EngineFailed("the answer broke off before it was complete")),
     ("Unavailable", "The engine is loading, draining, full or down.", Loading("the engine is still loading (weights)")),
@@ -464,6 +498,7 @@ _ERRORS: list[tuple[str, str, AppError]] = [
 ]
 _ALWAYS = (401, 405, 500)
 _WITH_BODY = (400, 401, 404, 405, 408, 413, 415, 429, 500, 503, 504)
+_ANSWERING = (*_WITH_BODY, 410, 422)
 
 
 def _error_response(description: str, error: AppError) -> Json:
@@ -497,6 +532,7 @@ def _paths() -> Json:
         "/v1/responses": {"post": _answering("createResponse", "Response", **examples.RESPONSE)},
         "/v1/responses/{response_id}": {"get": _stored_response()},
         "/v1/responses/{response_id}/cancel": {"post": _cancelled_response()},
+        "/v1/streams/{stream_id}": {"get": _resumed_stream()},
         "/v1/messages": {"post": _anthropic(_answering("createMessage", "Message (Anthropic)", **examples.MESSAGE))},
         "/v1/messages/count_tokens": {"post": _anthropic(_simple_post(
             "countMessageTokens", "Count a message's tokens (Anthropic)", "tokens",
@@ -605,7 +641,9 @@ def _answering(
         "summary": summary,
         "description": description,
         "operationId": operation_id,
-        "parameters": [_ref("parameters", "CacheControl"), _ref("parameters", "RequestId")],
+        "parameters": [
+            _ref("parameters", name) for name in ("CacheControl", "IdempotencyKey", "LastEventId", "RequestId")
+        ],
         "requestBody": _body(request, examples),
         "responses": {
             "200": {
@@ -613,9 +651,28 @@ def _answering(
                 "headers": {name: _ref("headers", header) for name, header in _ANSWER_HEADERS.items()},
                 "content": content,
             },
-            **_errors(*_WITH_BODY),
+            **_errors(*_ANSWERING),
         },
     }
+
+
+def _resumed_stream() -> Json:
+    operation = _simple_get(
+        "resumeStream", "The rest of a stream", "generate", ("ChatCompletionStreamResponse", {}),
+        errors=(400, 401, 404, 405, 410, 500),
+        parameters=[
+            _in_path("stream_id", "What `x-stream-id` said, or an event's id up to its first `-`.",
+                     "6988772bd9c0b6f2a4e83d515e21c7f0n"),
+            _ref("parameters", "LastEventId"),
+        ],
+    )  # fmt: skip
+    operation["description"] = (
+        "Goes on after `Last-Event-ID`, or from the first event. On any server that shares the Redis; for its tenant "
+        "alone. The events are those of the endpoint that began it."
+    )
+    events = _events("ChatCompletionStreamResponse", examples.CHAT["stream"])
+    operation["responses"]["200"]["content"] = {"text/event-stream": events}
+    return operation
 
 
 def _events(event: str, example: str) -> Json:

@@ -109,7 +109,7 @@ def _decompressed(content: bytes) -> bytes:
     return _decompressor.decompress(content)
 
 
-def _tag(key: str, flags: int, content: bytes, secret: bytes) -> bytes:
+def _tag(key: str, flags: int, content: bytes, secret: bytes = b"") -> bytes:
     digest = hashlib.blake2b(key.encode(), digest_size=TAG_BYTES, key=secret, person=b"refrain.record")
     digest.update(bytes((flags,)))
     digest.update(content)

@@ -2,7 +2,7 @@
 
 `max_tokens`, `n` and chat's `logprobs` are left out of the key of a *family* of calls; what they ask for is the
 call's `Shape`, and whether a recording of the family serves it is decided when it is read. Each rule, its reason
-and the test that compares it with the engine's own answer are in decisions/0007-what-one-recording-serves.md.
+and the test that compares it with the engine's own answer are in decisions/0012-what-one-recording-serves.md.
 """
 
 from __future__ import annotations

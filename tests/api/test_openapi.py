@@ -27,6 +27,7 @@ ROUTES = {
     "post /v1/responses",
     "get /v1/responses/{response_id}",
     "post /v1/responses/{response_id}/cancel",
+    "get /v1/streams/{stream_id}",
     "post /v1/messages",
     "post /v1/messages/count_tokens",
     "post /v1/embeddings",

@@ -24,7 +24,7 @@ FAR = 4e9
 
 
 def recording(size: int = 100, expires_at: float = FAR) -> Recording:
-    return Recording(Form.BODY, 1.7e9, "chatcmpl-1", 1, b"x" * size, b"", b"", 3, 5, 0.25, expires_at)
+    return Recording(Form.BODY, 1.7e9, "chatcmpl-1", 1, b"x" * size, b"", b"", 3, 5, 0.25, expires_at, "m@0")
 
 
 @pytest.fixture
