@@ -2,7 +2,7 @@
 
 ```
 1. plan      for which weights is it? is its answer anybody else's too?           serving, cache.key, cache.policy
-2. recall    an answer that was given before                                     cache.store, replay
+2. recall    an answer that was given before                                     cache.store, forms
 3. board     a generation of this very answer that is under way, or begin one    flight
 4. wait      while weights are swapped, and for an engine that still loads       serving, engine.state
 5. generate  the engine's answer, live                                           engine
@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
 
-from app import wire
+from app import forms, wire
 from app.cache import reuse
 from app.cache.explain import Explanation, explain
 from app.cache.key import cache_key, is_deterministic, why_uncacheable
@@ -42,18 +42,6 @@ from app.flight.flights import Flights
 from app.flight.names import Position
 from app.flight.ride import Ride
 from app.observe import metrics
-from app.replay import (
-    Kept,
-    asking_for_token_ids,
-    counts_choices,
-    cut_to_measure,
-    in_engine_form,
-    in_form,
-    recording_of,
-    replayed,
-    timings_of,
-    without_token_ids,
-)
 from app.serving import Catalog, Serving
 from app.settings import Settings
 
@@ -297,7 +285,7 @@ class Service:
         found = held.recording
         metrics.hits.add(call.endpoint.label, status.value, found.prompt_tokens, found.completion_tokens, found.seconds)
         key = plan.slot.key if plan.slot else None
-        return Reply(replayed(held, call), status, found.weights, key, int(age_s(found)))
+        return Reply(forms.replayed(held, call), status, found.weights, key, int(age_s(found)))
 
     def _stale_s(self, plan: Plan, age: float) -> float:
         """Seconds past its time; without a setting that gives a recording more, Redis ends it in time."""
@@ -433,8 +421,8 @@ class Service:
             held, standing = await self._find(plan)
             age = age_s(held.recording) if held is not None else 0.0
             if held is not None and self._stale_s(plan, age) <= 0 and plan.directives.accepts(age):
-                flight.timings, flight.is_led_here = timings_of(held.recording), False
-                for event in in_form(held.recording, call.endpoint, is_stream=flight.is_stream):
+                flight.timings, flight.is_led_here = forms.timings_of(held.recording), False
+                for event in forms.in_form(held.recording, call.endpoint, is_stream=flight.is_stream):
                     yield event
                 return
         try:
@@ -452,16 +440,16 @@ class Service:
         began, engine = time.perf_counter(), plan.serving.engine
         await engine.state.ready(self._settings.loading_wait_s)
         with metrics.in_flight.track_inprogress(), plan.serving.hold():
-            is_counted = plan.may_write and counts_choices(call, plan.shape, is_stream=flight.is_stream)
-            asked = in_engine_form(call, is_stream=flight.is_stream)
-            answer = await engine.answer(asking_for_token_ids(asked) if is_counted else asked)
+            is_counted = plan.may_write and forms.counts_choices(call, plan.shape, is_stream=flight.is_stream)
+            asked = forms.in_engine_form(call, is_stream=flight.is_stream)
+            answer = await engine.answer(forms.asking_for_token_ids(asked) if is_counted else asked)
             flight.timings = answer.timings
             if answer.body is not None:
-                body, choice_tokens = without_token_ids(answer.body) if is_counted else (answer.body, None)
+                body, choice_tokens = forms.without_token_ids(answer.body) if is_counted else (answer.body, None)
                 await self._record_body(call, plan, flight, standing, body, choice_tokens, began)
                 yield body
                 return
-            kept = Kept(self._settings.cache_max_entry_bytes * 8)  # it compresses, but not that well
+            kept = forms.Kept(self._settings.cache_max_entry_bytes * 8)  # it compresses, but not that well
             assert answer.events is not None  # noqa: S101 - an answer has one form or the other
             async with aclosing(answer.events) as events:  # type: ignore[type-var]
                 async for event in events:
@@ -492,7 +480,7 @@ class Service:
         await self._keep(call, plan, standing, recording.counting(choice_tokens=choice_tokens))
 
     async def _record_events(
-        self, call: Call, plan: Plan, flight: Flight, standing: Recording | None, kept: Kept, began: float
+        self, call: Call, plan: Plan, flight: Flight, standing: Recording | None, kept: forms.Kept, began: float
     ) -> None:
         if plan.slot is None or not (plan.may_write and flight.may_record):
             return
@@ -519,7 +507,7 @@ class Service:
         began: float,
     ) -> Recording:
         ttl_s = plan.slot.ttl_s if plan.slot is not None and plan.slot.ttl_s else self._settings.cache_keep_s
-        return recording_of(
+        return forms.made(
             call,
             plan.shape,
             form,
@@ -545,7 +533,7 @@ def _fitted(held: Held, plan: Plan) -> Held | None:
         rule = reuse.rule(held.recording, shape, plan.serving.weights.max_model_len)
         if rule is None or rule is Rule.SAME or rule is Rule.ENDED:
             return (rule, None), 0
-        cut = Held(cut_to_measure(held.recording, shape, rule))
+        cut = Held(forms.cut_to_measure(held.recording, shape, rule))
         return (rule, cut), cut.size_bytes
 
     rule, cut = held.replay(shape, fit)

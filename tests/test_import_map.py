@@ -20,9 +20,9 @@ app/engine/                                domain, errors, settings, wire, lifel
 app/flight/                                domain, errors, settings, wire, observe,
                                            `link` of cache                                 redis
 app/serving.py                             domain, engine
-app/replay.py                              domain, wire, `near`, `recording` and `reuse` of cache; no vendor
+app/forms.py                               domain, wire, `near`, `recording` and `reuse` of cache; no vendor
 app/service.py                             domain, errors, settings, wire, engine, cache, flight, observe, serving,
-                                           replay; no vendor
+                                           forms; no vendor
 app/swap.py                                domain, errors, engine, observe, service, serving
 app/api/                                   domain, errors, settings, wire, service, serving, swap, gate, observe,
                                            `Phase` of engine, `policy` of cache, `names` of flight
@@ -104,11 +104,11 @@ OURS: dict[str, set[str]] = {
         "app.settings",
         "app.weights",
     },
-    "app.replay": {"app.cache.near", "app.cache.recording", "app.cache.reuse", "app.domain", "app.wire"},
+    "app.forms": {"app.cache.near", "app.cache.recording", "app.cache.reuse", "app.domain", "app.wire"},
     "app.engine.base": {"app.domain", "app.errors"},
     "app.engine.preload": {"app.lifeline"},
     "app.service": {
-        "app.replay",
+        "app.forms",
         "app.cache.explain",
         "app.cache.key",
         "app.cache.near",
@@ -183,7 +183,7 @@ ONLY_WHEN_NEEDED = {"vllm", "torch", "transformers", "gguf", "tokenizers", "open
 LOADS_AHEAD = {"app.engine.preload"}
 FREE_OF_VENDORS = {
     "app.service",
-    "app.replay",
+    "app.forms",
     "app.domain",
     "app.errors",
     "app.lifeline",

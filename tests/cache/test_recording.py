@@ -35,7 +35,9 @@ recordings = st.builds(
     expires_at=st.floats(0, 4e9),
     weights=st.text(max_size=20),
 )
-ONE = Recording(Form.BODY, 1.7e9, "chatcmpl-1", 1_700_000_000, b'{"id": "chatcmpl-1"}' * 20, b"", b"", 3, 5, 0.25, 2e9, "m@0")
+ONE = Recording(
+    Form.BODY, 1.7e9, "chatcmpl-1", 1_700_000_000, b'{"id": "chatcmpl-1"}' * 20, b"", b"", 3, 5, 0.25, 2e9, "m@0"
+)
 
 
 def forged(content: bytes, flags: int = 0, key: str = KEY) -> bytes:

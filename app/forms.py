@@ -1,4 +1,4 @@
-"""From recordings to answers and back: the pure steps of the journey in `service.py`."""
+"""Forms of answers: what the engine is asked for, what is kept of its answer, what is made of a recording. Pure."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def without_token_ids(body: bytes) -> tuple[bytes, list[int] | None]:
 # --- a recording -------------------------------------------------------------------------------------
 
 
-def recording_of(
+def made(
     call: Call,
     shape: Shape,
     form: Form,
