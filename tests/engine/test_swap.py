@@ -7,7 +7,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -287,17 +287,30 @@ def test_adapters_beside_their_base_say_their_own_and_the_base_its_own(house: Ho
 
 
 def test_a_server_does_not_start_on_weights_that_say_something_else(house: House, tmp_path: Path) -> None:
-    """Runs last: its engine is started beside the other one."""
+    """Nor is it lost: other weights can be swapped in, here as where memory allows no second engine. Runs last: its
+    engine is started beside the other one."""
     liar = publish_liar(house, tmp_path)
-    environment = ENVIRONMENT | {"REFRAIN_MODEL": f"{TINY}@{liar.digest}"}
+    house.registry.point(TINY, liar.digest, "test")
+    environment = ENVIRONMENT | {"REFRAIN_MODEL": TINY, "REFRAIN_SWAP": "pause", "REFRAIN_WATCH_S": "0"}
     server = start_process(house.home, tmp_path / "log", **environment)
+    there = replace(house, server=server)
     try:
-        failed = until(
-            lambda: (told := httpx.get(f"{server.url}/readyz").json())["status"] == "failed" and told, 240, 0.2
-        )
-        assert failed["error"]["code"] == "engine_failed"
-        assert "the fingerprint of" in failed["detail"]
-        assert cores(server) == []
+        with there.http() as http, ThreadPoolExecutor(3) as pool:
+            told = until(lambda: (told := http.get("/readyz").json())["status"] == "failed" and told, 240, 0.2)
+            assert told["error"]["code"] == "engine_failed"
+            assert "the fingerprint of" in told["detail"]
+            assert cores(server) == []
+            assert there.swap(house.first.digest)["way"] == "pause"
+            assert http.get("/readyz").status_code == 200
+            running = pool.submit(ask, http, "running", max_tokens=200, stream=True, ignore_eos=True)
+            until(lambda: "refrain_generations_in_flight 1.0" in http.get("/metrics").text, 60)
+            swapping = pool.submit(there.swap, house.second.digest)
+            until(lambda: http.get("/admin/models").json()["swap"]["status"] == "running", 60)
+            held = pool.submit(ask, http, "held")
+            assert swapping.result()["way"] == "pause"
+            assert running.result().headers["x-weights"] == house.first.short
+            assert text(running.result())
+            assert held.result().headers["x-weights"] == house.second.short
     finally:
         assert server.stop() == 0
 
