@@ -99,7 +99,7 @@ class VllmEngine:
         except Exception as error:
             await self._shut_down()
             _reinstate(before)
-            log.info("the engine did not start", exc_info=error)
+            log.debug("the engine did not start", exc_info=error)
             raise SwapFailed(f"{self._weights.short} does not load: {_reason(error)}") from error
         except asyncio.CancelledError:
             await self._shut_down()
