@@ -95,7 +95,7 @@ class VllmEngine:
         _begin(self._settings)
         before = _collectors()
         try:
-            await self._load()
+            await self._load(is_beside=True)
         except Exception as error:
             await self._shut_down()
             _reinstate(before)
@@ -145,9 +145,12 @@ class VllmEngine:
             self.state.become(Phase.LOADING, detail)
             await asyncio.sleep(RESTART_BACKOFF_S * (2 ** (failures - 1) - 1))
 
-    async def _load(self) -> None:
+    async def _load(self, *, is_beside: bool = False) -> None:
         """Build everything once. What is built lives as long as the engine, so the garbage collector need not
         walk its millions of objects again and again: a full collection would stop every stream for a tenth of a second.
+
+        Beside another engine there are such streams, so nothing is collected, nor frozen: this engine's objects are
+        few against those of all imports, and must be collectable when it goes in its turn.
         """
         began = time.monotonic()
         self._progress("importing vLLM")
@@ -162,9 +165,10 @@ class VllmEngine:
         await self._prove()
         for adapter in list(self._adapters.values()):
             await self._add_adapter(adapter)
-        gc.unfreeze()  # what a dead predecessor left may go
-        gc.collect()
-        gc.freeze()
+        if not is_beside:
+            gc.unfreeze()  # what a dead predecessor left may go
+            gc.collect()
+            gc.freeze()
         self.state.become(Phase.READY, f"loaded in {time.monotonic() - began:.1f} s")
         log.info("engine ready: %s in %.1f s", self._weights.short, time.monotonic() - began)
         self._on_progress("ready")
