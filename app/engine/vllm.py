@@ -232,6 +232,20 @@ class VllmEngine:
         before, known[adapter.name] = known.get(adapter.name), request
         if before is not None:
             await asyncio.wait_for(self._llm.remove_lora(before.lora_int_id), ADAPTER_S)
+        try:
+            await self._prove_adapter(adapter)
+        except Mismatch as error:
+            del known[adapter.name]
+            await asyncio.wait_for(self._llm.remove_lora(number), ADAPTER_S)
+            raise AdapterFailed(f"the fingerprint of {adapter.short} does not match: {error}") from error
+
+    async def _prove_adapter(self, adapter: Weights) -> None:
+        if self._check is None or not adapter.fingerprint:
+            return
+        async with asyncio.timeout(PROBES_S):
+            prompts = await measure(self.answer, adapter.name)
+        own = {"dtype": self.fingerprint["dtype"], "quantization": self._settings.quantization}
+        self._check(adapter, fingerprint_of(prompts, **own))
 
     def _called(self, lora_request: Any = None) -> str:
         """What vLLM's handlers call the model in an answer: the name that was asked for."""

@@ -248,7 +248,16 @@ def test_adapters_beside_their_base_say_their_own_and_the_base_its_own(house: Ho
     adapters; and blocks of a prefix are known by the adapter's name, so another of that name must not find them."""
     house.swap(house.first.digest)
     prompts = {"short": "tell me", "long": LONG}
-    made = [publish_adapter(house, make_adapter(tmp_path / f"adapter{seed}", seed), f"a{seed}") for seed in (1, 2)]
+    folders = [make_adapter(tmp_path / f"adapter{seed}", seed) for seed in (1, 2)]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        base_name = f"{TINY}@{house.first.digest}"
+        done = refrain(house.home, "models", "publish", str(folders[0]), "--name", "a1", "--base", base_name)
+        assert done.returncode == 0, done.stderr
+    made = [house.registry.find("a1"), publish_adapter(house, folders[1], "a2")]
+    assert (made[0].kind, made[0].base) == ("adapter", house.first.digest)
+    assert made[0].fingerprint["probes"] != house.first.fingerprint["probes"], "of the adapter, not of its base"
     with house.http() as http:
 
         def load(name: str) -> httpx.Response:
@@ -282,6 +291,10 @@ def test_adapters_beside_their_base_say_their_own_and_the_base_its_own(house: Ho
         publish_adapter(house, bad, "bad")
         refused = load("bad")
         assert (refused.status_code, refused.json()["error"]["code"]) == (409, "adapter_failed")
+        publish_adapter(house, folders[1], "liar", fingerprint=made[0].fingerprint)
+        refused = load("liar")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "adapter_failed")
+        assert "fingerprint" in refused.json()["error"]["message"]
         assert text(ask(http, LONG)) == base["long"], "a bad adapter costs the engine nothing"
         http.delete("/admin/models/adapters/a1")
 
@@ -323,10 +336,10 @@ def publish_liar(house: House, folder: Path) -> Manifest:
         return house.registry.publish(staged, TINY, {"kind": "test"}, fingerprint=house.first.fingerprint)
 
 
-def publish_adapter(house: House, folder: Path, name: str) -> Manifest:
+def publish_adapter(house: House, folder: Path, name: str, **more: Any) -> Manifest:
     with house.registry.stage(name) as staged:
         shutil.copytree(folder, staged, dirs_exist_ok=True)
-        manifest = house.registry.publish(staged, name, {}, kind="adapter", base=house.first.digest)
+        manifest = house.registry.publish(staged, name, {}, kind="adapter", base=house.first.digest, **more)
     house.registry.point(name, manifest.digest)
     return manifest
 
