@@ -32,6 +32,8 @@ from app.settings import Settings, load
 from app.weights import Mismatch, check_shapes, digest_files, fingerprint_of, weights_digest
 
 MAX_TOKENS = 128
+# As many as fill a batch on a small CPU.
+CONCURRENCY = 32
 _NOBODY = Caller(tenant="refrain")
 
 
@@ -62,7 +64,8 @@ async def trial(settings: Settings, adapter: Path | None, questions: list[Questi
         if adapter is not None:
             prompts = await measure(engine.answer, asked.name)
             measured = fingerprint_of(prompts, dtype=measured["dtype"], quantization=settings.quantization)
-        answers = [await _answer(engine, asked.name, question) for question in questions]
+        turns = asyncio.Semaphore(CONCURRENCY)
+        answers = await asyncio.gather(*(_answer(engine, asked.name, question, turns) for question in questions))
         is_alive = any(answer["text"].strip() for answer in answers) or (not questions and await _speaks(engine, asked))
     finally:
         await engine.close()
@@ -78,19 +81,18 @@ async def trial(settings: Settings, adapter: Path | None, questions: list[Questi
 
 
 async def _with_adapter(engine: Engine, base: Weights, adapter: Path) -> Weights:
-    if not (adapter / "adapter_config.json").is_file():
-        raise StartRefused(f"{adapter} holds no adapter_config.json: it is no LoRA adapter")
     files = await asyncio.to_thread(digest_files, adapter)
     weights = replace(base, name="adapter", path=str(adapter), digest=weights_digest(files), base=base.digest)
     await engine.load_adapter(weights)
     return weights
 
 
-async def _answer(engine: Engine, model: str, question: Question) -> dict[str, Any]:
+async def _answer(engine: Engine, model: str, question: Question, turns: asyncio.Semaphore) -> dict[str, Any]:
     body = {"model": model, "temperature": 0, "messages": question.messages, "max_tokens": question.max_tokens}
     if question.tools:
         body["tools"] = question.tools
-    answer: Answer = await engine.answer(Call(Endpoint.CHAT, body, _NOBODY, "trial"))
+    async with turns:
+        answer: Answer = await engine.answer(Call(Endpoint.CHAT, body, _NOBODY, "trial"))
     told = json.loads(answer.body or b"{}")
     choice, usage = told["choices"][0], told["usage"]
     return {
@@ -146,8 +148,7 @@ def main() -> None:
     given = parser.parse_args()
     die_with_parent(signal.SIGKILL)
     try:
-        places = {"max_adapters": 1} if given.adapter else {}
-        settings = load(model=str(given.weights.resolve()), engine="vllm", **places)
+        settings = load(model=str(given.weights.resolve()), engine="vllm", **_places(given.adapter))
         questions = _questions(given.ask)
         result = asyncio.run(trial(settings, given.adapter and given.adapter.resolve(), questions))
         given.out.write_text(json.dumps(result, ensure_ascii=False), encoding="utf-8")
@@ -155,6 +156,17 @@ def main() -> None:
         message = error.message if isinstance(error, AppError) else str(error)
         _say(f"trial: {message}".splitlines()[0])
         sys.exit(1)
+
+
+def _places(adapter: Path | None) -> dict[str, int]:
+    """Settings that make room for this one adapter, whatever its rank."""
+    if adapter is None:
+        return {}
+    try:
+        rank = int(json.loads((adapter / "adapter_config.json").read_bytes())["r"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StartRefused(f"{adapter} is no LoRA adapter: {error}") from error
+    return {"max_adapters": 1, "max_adapter_rank": next((size for size in (8, 16, 32, 64, 128) if rank <= size), 256)}
 
 
 if __name__ == "__main__":

@@ -95,11 +95,11 @@ class VllmEngine:
         _begin(self._settings)
         before = _collectors()
         try:
-            await self._load()
+            await self._load(is_beside=True)
         except Exception as error:
             await self._shut_down()
             _reinstate(before)
-            log.info("the engine did not start", exc_info=error)
+            log.debug("the engine did not start", exc_info=error)
             raise SwapFailed(f"{self._weights.short} does not load: {_reason(error)}") from error
         except asyncio.CancelledError:
             await self._shut_down()
@@ -145,9 +145,12 @@ class VllmEngine:
             self.state.become(Phase.LOADING, detail)
             await asyncio.sleep(RESTART_BACKOFF_S * (2 ** (failures - 1) - 1))
 
-    async def _load(self) -> None:
+    async def _load(self, *, is_beside: bool = False) -> None:
         """Build everything once. What is built lives as long as the engine, so the garbage collector need not
         walk its millions of objects again and again: a full collection would stop every stream for a tenth of a second.
+
+        Beside another engine there are such streams, so nothing is collected, nor frozen: this engine's objects are
+        few against those of all imports, and must be collectable when it goes in its turn.
         """
         began = time.monotonic()
         self._progress("importing vLLM")
@@ -162,9 +165,10 @@ class VllmEngine:
         await self._prove()
         for adapter in list(self._adapters.values()):
             await self._add_adapter(adapter)
-        gc.unfreeze()  # what a dead predecessor left may go
-        gc.collect()
-        gc.freeze()
+        if not is_beside:
+            gc.unfreeze()  # what a dead predecessor left may go
+            gc.collect()
+            gc.freeze()
         self.state.become(Phase.READY, f"loaded in {time.monotonic() - began:.1f} s")
         log.info("engine ready: %s in %.1f s", self._weights.short, time.monotonic() - began)
         self._on_progress("ready")
@@ -228,6 +232,20 @@ class VllmEngine:
         before, known[adapter.name] = known.get(adapter.name), request
         if before is not None:
             await asyncio.wait_for(self._llm.remove_lora(before.lora_int_id), ADAPTER_S)
+        try:
+            await self._prove_adapter(adapter)
+        except Mismatch as error:
+            del known[adapter.name]
+            await asyncio.wait_for(self._llm.remove_lora(number), ADAPTER_S)
+            raise AdapterFailed(f"the fingerprint of {adapter.short} does not match: {error}") from error
+
+    async def _prove_adapter(self, adapter: Weights) -> None:
+        if self._check is None or not adapter.fingerprint:
+            return
+        async with asyncio.timeout(PROBES_S):
+            prompts = await measure(self.answer, adapter.name)
+        own = {"dtype": self.fingerprint["dtype"], "quantization": self._settings.quantization}
+        self._check(adapter, fingerprint_of(prompts, **own))
 
     def _called(self, lora_request: Any = None) -> str:
         """What vLLM's handlers call the model in an answer: the name that was asked for."""

@@ -7,7 +7,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -248,7 +248,16 @@ def test_adapters_beside_their_base_say_their_own_and_the_base_its_own(house: Ho
     adapters; and blocks of a prefix are known by the adapter's name, so another of that name must not find them."""
     house.swap(house.first.digest)
     prompts = {"short": "tell me", "long": LONG}
-    made = [publish_adapter(house, make_adapter(tmp_path / f"adapter{seed}", seed), f"a{seed}") for seed in (1, 2)]
+    folders = [make_adapter(tmp_path / f"adapter{seed}", seed) for seed in (1, 2)]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        base_name = f"{TINY}@{house.first.digest}"
+        done = refrain(house.home, "models", "publish", str(folders[0]), "--name", "a1", "--base", base_name)
+        assert done.returncode == 0, done.stderr
+    made = [house.registry.find("a1"), publish_adapter(house, folders[1], "a2")]
+    assert (made[0].kind, made[0].base) == ("adapter", house.first.digest)
+    assert made[0].fingerprint["probes"] != house.first.fingerprint["probes"], "of the adapter, not of its base"
     with house.http() as http:
 
         def load(name: str) -> httpx.Response:
@@ -282,22 +291,39 @@ def test_adapters_beside_their_base_say_their_own_and_the_base_its_own(house: Ho
         publish_adapter(house, bad, "bad")
         refused = load("bad")
         assert (refused.status_code, refused.json()["error"]["code"]) == (409, "adapter_failed")
+        publish_adapter(house, folders[1], "liar", fingerprint=made[0].fingerprint)
+        refused = load("liar")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "adapter_failed")
+        assert "fingerprint" in refused.json()["error"]["message"]
         assert text(ask(http, LONG)) == base["long"], "a bad adapter costs the engine nothing"
         http.delete("/admin/models/adapters/a1")
 
 
 def test_a_server_does_not_start_on_weights_that_say_something_else(house: House, tmp_path: Path) -> None:
-    """Runs last: its engine is started beside the other one."""
+    """Nor is it lost: other weights can be swapped in, here as where memory allows no second engine. Runs last: its
+    engine is started beside the other one."""
     liar = publish_liar(house, tmp_path)
-    environment = ENVIRONMENT | {"REFRAIN_MODEL": f"{TINY}@{liar.digest}"}
+    house.registry.point(TINY, liar.digest, "test")
+    environment = ENVIRONMENT | {"REFRAIN_MODEL": TINY, "REFRAIN_SWAP": "pause", "REFRAIN_WATCH_S": "0"}
     server = start_process(house.home, tmp_path / "log", **environment)
+    there = replace(house, server=server)
     try:
-        failed = until(
-            lambda: (told := httpx.get(f"{server.url}/readyz").json())["status"] == "failed" and told, 240, 0.2
-        )
-        assert failed["error"]["code"] == "engine_failed"
-        assert "the fingerprint of" in failed["detail"]
-        assert cores(server) == []
+        with there.http() as http, ThreadPoolExecutor(3) as pool:
+            told = until(lambda: (told := http.get("/readyz").json())["status"] == "failed" and told, 240, 0.2)
+            assert told["error"]["code"] == "engine_failed"
+            assert "the fingerprint of" in told["detail"]
+            assert cores(server) == []
+            assert there.swap(house.first.digest)["way"] == "pause"
+            assert http.get("/readyz").status_code == 200
+            running = pool.submit(ask, http, "running", max_tokens=200, stream=True, ignore_eos=True)
+            until(lambda: "refrain_generations_in_flight 1.0" in http.get("/metrics").text, 60)
+            swapping = pool.submit(there.swap, house.second.digest)
+            until(lambda: http.get("/admin/models").json()["swap"]["status"] == "running", 60)
+            held = pool.submit(ask, http, "held")
+            assert swapping.result()["way"] == "pause"
+            assert running.result().headers["x-weights"] == house.first.short
+            assert text(running.result())
+            assert held.result().headers["x-weights"] == house.second.short
     finally:
         assert server.stop() == 0
 
@@ -310,10 +336,10 @@ def publish_liar(house: House, folder: Path) -> Manifest:
         return house.registry.publish(staged, TINY, {"kind": "test"}, fingerprint=house.first.fingerprint)
 
 
-def publish_adapter(house: House, folder: Path, name: str) -> Manifest:
+def publish_adapter(house: House, folder: Path, name: str, **more: Any) -> Manifest:
     with house.registry.stage(name) as staged:
         shutil.copytree(folder, staged, dirs_exist_ok=True)
-        manifest = house.registry.publish(staged, name, {}, kind="adapter", base=house.first.digest)
+        manifest = house.registry.publish(staged, name, {}, kind="adapter", base=house.first.digest, **more)
     house.registry.point(name, manifest.digest)
     return manifest
 
