@@ -37,6 +37,8 @@ Takeoff = Callable[[Flight], AsyncGenerator[bytes, None]]
 
 # Followers on other servers see text this much later at most; in between, events are collected into one write.
 PUBLISH_GAP_S = 0.05
+# How long a stream is looked for that a client comes back to.
+FIND_S = 0.5
 # How long the end of a flight may take to be written; a lease that is not ended expires.
 CLOSE_S = 2.0
 _DIVERGED = "the answer was generated again after its server died, and came out differently; ask again"
@@ -119,7 +121,7 @@ class Flights:
 
     def _deserted(self, flight: Flight) -> None:
         if not _is_awaited(flight) and flight not in self._held:
-            _end(flight)  # at once: the engine is freed before anything else happens
+            self._end(flight)  # at once: the engine is freed before anything else happens
         else:
             self._spawn(self._end_when_nobody_is_left(flight), "deserted")
 
@@ -132,7 +134,7 @@ class Flights:
         while not flight.seats and not flight.is_over:
             if not await self._is_followed(flight):
                 if not flight.seats:
-                    _end(flight)
+                    self._end(flight)
                 return
             await asyncio.sleep(self._settings.flight_lease_s / 3)  # as often as followers say that they are there
 
@@ -283,6 +285,10 @@ class Flights:
             await self._reader.follow(uid, log_book.take)
         except RedisDown:
             return None
+        with contextlib.suppress(TimeoutError):  # it may be so young that nothing of it is written yet
+            async with asyncio.timeout(FIND_S):
+                while not (log_book.is_open or log_book.is_unreadable):
+                    await flight.news()
         if log_book.is_unreadable or not log_book.is_open:
             self._reader.leave(uid)
             return None
@@ -310,6 +316,13 @@ class Flights:
             flight.fail(lost())
             self._reader.leave(flight.uid)
             self._landed(flight)
+
+    def _end(self, flight: Flight) -> None:
+        """Nobody is aboard; and from now on nobody can come aboard either."""
+        if self._by_key.get(flight.ticket.key) is flight:
+            del self._by_key[flight.ticket.key]
+        if flight.pilot is not None:
+            flight.pilot.cancel()
 
     # --- bookkeeping ---------------------------------------------------------------------------
 
@@ -500,6 +513,7 @@ class _LogBook:
         if not flight.events:
             flight.is_stream = about.is_stream
         self._splice = wire.Splice(flight.ticket.endpoint, flight.events) if flight.events else None
+        flight.wake()
 
 
 def _is_published(ticket: Ticket) -> bool:
@@ -509,11 +523,6 @@ def _is_published(ticket: Ticket) -> bool:
 def _is_awaited(flight: Flight) -> bool:
     """Whether a client may come back for the rest: only a stream can be gone on with."""
     return flight.ticket.is_kept and flight.was_streamed
-
-
-def _end(flight: Flight) -> None:
-    if flight.pilot is not None:
-        flight.pilot.cancel()
 
 
 def _tokens(flight: Flight) -> tuple[int, int] | None:
