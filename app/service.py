@@ -21,9 +21,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from typing import Any
 
-from app import wire
+from app import forms, wire
 from app.cache import reuse
 from app.cache.explain import Explanation, explain
 from app.cache.key import cache_key, is_deterministic, why_uncacheable
@@ -42,10 +41,8 @@ from app.flight.ride import Ride
 from app.observe import metrics
 from app.settings import Settings
 
-# The closing usage event is asked of the engine for each of these streams, since a later client may want it.
 # In place of a tenant where everybody shares; no tenant can be called so.
 EVERYBODY = "*"
-_USAGE_ON_REQUEST = (Endpoint.CHAT, Endpoint.COMPLETIONS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +263,7 @@ class Service:
         if rule is None or rule is Rule.SAME:
             return recording if rule else None
         metrics.child(metrics.reused, rule.value).inc()
-        return _cut_to_measure(recording, shape, rule)
+        return forms.cut_to_measure(recording, shape, rule)
 
     # 3 -------------------------------------------------------------------------------------------
 
@@ -360,8 +357,8 @@ class Service:
             recording, standing = await self._find(plan)
             is_fresh = recording is not None and self._stale_s(plan, age_s(recording)) <= 0
             if recording is not None and is_fresh and plan.directives.accepts(age_s(recording)):
-                flight.timings, flight.is_led_here = _timings(recording), False
-                for event in _in_form(recording, call.endpoint, is_stream=flight.is_stream):
+                flight.timings, flight.is_led_here = forms.timings_of(recording), False
+                for event in forms.in_form(recording, call.endpoint, is_stream=flight.is_stream):
                     yield event
                 return
         try:
@@ -379,16 +376,16 @@ class Service:
         began = time.perf_counter()
         await self.engine.state.ready(self._settings.loading_wait_s)
         with metrics.in_flight.track_inprogress():
-            counts_choices = _counts_choices(call, plan, is_stream=flight.is_stream)
-            asked = _in_engine_form(call, is_stream=flight.is_stream)
-            answer = await self.engine.answer(_asking_for_token_ids(asked) if counts_choices else asked)
+            counts_choices = plan.may_write and forms.counts_choices(call, plan.shape, is_stream=flight.is_stream)
+            asked = forms.in_engine_form(call, is_stream=flight.is_stream)
+            answer = await self.engine.answer(forms.asking_for_token_ids(asked) if counts_choices else asked)
             flight.timings = answer.timings
             if answer.body is not None:
-                body, choice_tokens = _without_token_ids(answer.body) if counts_choices else (answer.body, None)
+                body, choice_tokens = forms.without_token_ids(answer.body) if counts_choices else (answer.body, None)
                 await self._record_body(call, plan, flight, standing, body, choice_tokens, began)
                 yield body
                 return
-            kept = _Kept(self._settings.cache_max_entry_bytes * 8)  # it compresses, but not that well
+            kept = forms.Kept(self._settings.cache_max_entry_bytes * 8)  # it compresses, but not that well
             assert answer.events is not None  # noqa: S101 - an answer has one form or the other
             async with aclosing(answer.events) as events:  # type: ignore[type-var]
                 async for event in events:
@@ -415,11 +412,11 @@ class Service:
         except Incomplete:
             metrics.not_recorded.labels("incomplete").inc()
             return
-        recording = _recording(call, plan.shape, Form.BODY, document, (body, b"", b""), began)
+        recording = forms.made(call, plan.shape, Form.BODY, document, (body, b"", b""), began)
         await self._keep(call, plan, standing, recording.counting(choice_tokens=choice_tokens))
 
     async def _record_events(
-        self, call: Call, plan: Plan, flight: Flight, standing: Recording | None, kept: _Kept, began: float
+        self, call: Call, plan: Plan, flight: Flight, standing: Recording | None, kept: forms.Kept, began: float
     ) -> None:
         if plan.slot is None or not (plan.may_write and flight.may_record):
             return
@@ -432,7 +429,7 @@ class Service:
             metrics.not_recorded.labels("incomplete").inc()
             return
         parts = wire.split_usage(call.endpoint, kept.events)
-        recording = _recording(call, plan.shape, Form.EVENTS, document, parts, began)
+        recording = forms.made(call, plan.shape, Form.EVENTS, document, parts, began)
         is_counted = plan.shape.is_cuttable and kept.counts[-1] == recording.completion_tokens
         await self._keep(call, plan, standing, recording.counting(counts=kept.counts) if is_counted else recording)
 
@@ -448,7 +445,7 @@ class Service:
 
 def _count_hit(call: Call, recording: Recording, status: CacheStatus) -> None:
     metrics.child(metrics.calls, call.endpoint.label, status.value).inc()
-    _count_saved(_timings(recording))
+    _count_saved(forms.timings_of(recording))
     metrics.seconds_saved.inc(recording.seconds)
 
 
@@ -459,7 +456,7 @@ def _count_saved(timings: Timings) -> None:
 
 def _replay(recording: Recording, call: Call) -> Answer:
     """The recorded answer as this client wants it: either form serves both."""
-    timings = _timings(recording)
+    timings = forms.timings_of(recording)
     fresh = (wire.new_id(call.endpoint), int(time.time()))
     old = (recording.ident, recording.created)
     if call.is_streaming:
@@ -488,128 +485,3 @@ async def _in_pieces(content: bytes) -> AsyncGenerator[bytes, None]:
 
 
 _PIECE_BYTES = 8192
-
-
-def _in_engine_form(call: Call, *, is_stream: bool) -> Call:
-    """The call as the engine is asked: in the flight's form, and for the closing usage event in every stream."""
-    body = call.body
-    if is_stream != call.is_streaming:
-        body = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
-        body |= {"stream": True} if is_stream else {}
-    if is_stream and call.endpoint in _USAGE_ON_REQUEST:
-        options = body.get("stream_options")
-        if options is None or isinstance(options, dict):  # anything else the engine refuses in its own words
-            body = body | {"stream_options": (options or {}) | {"include_usage": True}}
-    return call if body is call.body else replace(call, body=body)
-
-
-def _counts_choices(call: Call, plan: Plan, *, is_stream: bool) -> bool:
-    """Whether to ask how long each of several choices is: then the recording serves a call for fewer of them."""
-    is_one_prompt = call.endpoint is Endpoint.CHAT or isinstance(call.body.get("prompt"), str)
-    return (
-        plan.may_write
-        and plan.shape.n > 1
-        and not is_stream
-        and is_one_prompt
-        and not call.body.get("return_token_ids")
-    )
-
-
-def _asking_for_token_ids(call: Call) -> Call:
-    return replace(call, body=call.body | {"return_token_ids": True})
-
-
-def _without_token_ids(body: bytes) -> tuple[bytes, list[int] | None]:
-    """The body as if nobody had asked for the ids, and how many each choice has."""
-    document = json.loads(body)
-    ids = [choice.get("token_ids") for choice in document.get("choices") or ()]
-    for holder in (document, *(document.get("choices") or ())):
-        for name in ("prompt_token_ids", "token_ids"):
-            if name in holder:
-                holder[name] = None
-    counts = [len(each) for each in ids] if ids and all(isinstance(each, list) for each in ids) else None
-    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode(), counts
-
-
-def _recording(
-    call: Call, shape: Shape, form: Form, document: dict[str, Any], parts: tuple[bytes, bytes, bytes], began: float
-) -> Recording:
-    prompt_tokens, completion_tokens = wire.usage(call.endpoint, document)
-    ident, created = wire.identity(call.endpoint, document)
-    return Recording(
-        form=form,
-        recorded_at=time.time(),
-        ident=ident,
-        created=created,
-        head=parts[0],
-        usage=parts[1],
-        tail=parts[2],
-        prompt_tokens=prompt_tokens,
-        completion_tokens=completion_tokens,
-        seconds=time.perf_counter() - began,
-        limit=shape.limit,
-        n=shape.n,
-        logprobs=shape.logprobs,
-        ended=wire.ended_by_itself(call.endpoint, document),
-    )
-
-
-def _cut_to_measure(recording: Recording, shape: Shape, rule: Rule) -> Recording:
-    """The recording as the engine would have answered a call of this shape."""
-    if rule is Rule.CUT and shape.limit is not None and recording.counts is not None:
-        events = wire.shorten(wire.split(recording.content()), recording.counts, shape.limit)
-        head, usage, tail = wire.split_usage(Endpoint.CHAT, events)
-        return recording.with_content(Form.EVENTS, head, usage, tail, completion_tokens=shape.limit)
-    if rule is Rule.FEWER:
-        document = _body_of(recording)
-        tokens = recording.choice_tokens or [recording.completion_tokens]
-        fewer = wire.fewer(document, shape.n, tokens, logprobs=shape.logprobs is not None)
-        content = json.dumps(fewer, ensure_ascii=False, separators=(",", ":")).encode()
-        return recording.with_content(Form.BODY, content, b"", b"", completion_tokens=sum(tokens[: shape.n]))
-    return recording
-
-
-def _body_of(recording: Recording) -> dict[str, Any]:
-    if recording.form is Form.BODY:
-        body: dict[str, Any] = json.loads(recording.head)
-        return body
-    # Several choices and log-probabilities are chat's and completions' alone, and the chunks say which of the two.
-    endpoint = Endpoint.COMPLETIONS if b'"object":"text_completion"' in recording.head[:300] else Endpoint.CHAT
-    return wire.fold(endpoint, wire.split(recording.content()))
-
-
-def _in_form(recording: Recording, endpoint: Endpoint, *, is_stream: bool) -> list[bytes]:
-    """The recorded answer as a flight's events, usage and all, or as its one body."""
-    if is_stream:
-        if recording.form is Form.EVENTS:
-            return wire.split(recording.content())
-        return wire.unfold(endpoint, json.loads(recording.head))
-    if recording.form is Form.BODY:
-        return [recording.head]
-    folded = wire.fold(endpoint, wire.split(recording.content()))
-    return [json.dumps(folded, ensure_ascii=False, separators=(",", ":")).encode()]
-
-
-def _timings(recording: Recording) -> Timings:
-    return Timings(prompt_tokens=recording.prompt_tokens, completion_tokens=recording.completion_tokens)
-
-
-class _Kept:
-    """The events of one generation, for its recording, as long as they are not too many."""
-
-    def __init__(self, room_bytes: int) -> None:
-        self.events: list[bytes] = []
-        self.counts: list[int] = []
-        self._room_bytes = room_bytes
-
-    @property
-    def is_too_large(self) -> bool:
-        return self._room_bytes < 0
-
-    def add(self, event: bytes, tokens: int) -> None:
-        self._room_bytes -= len(event)
-        if self.is_too_large:
-            self.events.clear()
-        else:
-            self.events.append(event)
-            self.counts.append(tokens)

@@ -17,7 +17,9 @@ app/engine/                                domain, errors, settings, wire, lifel
     vllm.py, preload.py                    vllm, and starlette for what vLLM's own app keeps its handlers in
 app/flight/                                domain, errors, settings, wire, observe,
                                            `link` of cache                                 redis
-app/service.py                             domain, errors, settings, wire, engine, cache, flight, observe; no vendor
+app/forms.py                               domain, wire, `recording` and `reuse` of cache
+app/service.py                             domain, errors, settings, wire, engine, cache, flight, forms, observe;
+                                           no vendor
 app/api/                                   domain, errors, settings, wire, service, gate, observe, `Phase` of engine,
                                            `policy` of cache, `names` of flight            fastapi, starlette
     openapi.py                             domain, errors; vllm and openai inside `build`: a generator, not the server
@@ -92,6 +94,7 @@ OURS: dict[str, set[str]] = {
         "app.engine",
         "app.errors",
         "app.flight",
+        "app.forms",
         "app.observe",
         "app.settings",
         "app.wire",
@@ -112,6 +115,7 @@ OURS: dict[str, set[str]] = {
     },
     "app.api.openapi": {"app", "app.api.openapi_examples", "app.domain", "app.errors"},
     "app.explaining": {"app"},
+    "app.forms": {"app.cache.recording", "app.cache.reuse", "app.domain", "app.wire"},
     "app.main": {"app"},
     "app.__main__": {"app"},
 }
