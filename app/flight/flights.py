@@ -26,7 +26,7 @@ from app.flight import names
 from app.flight.flight import Flight, Seat, Ticket, lost
 from app.flight.idempotency import Claims
 from app.flight.lease import Boarded, Lease, Leases
-from app.flight.live import Reader, Seal, Told
+from app.flight.live import Following, Reader, Seal, Told
 from app.flight.logbook import DIVERGED, LogBook, Unreadable
 from app.flight.names import Position
 from app.flight.publisher import Publisher
@@ -241,7 +241,7 @@ class Flights:
             RedisDown, Unreadable: there is nothing to follow any more.
         """
         log_book = LogBook(flight)
-        await self._reader.follow(flight.uid, log_book.take)
+        following = await self._reader.follow(flight.uid, log_book.take)
         try:
             while True:
                 with contextlib.suppress(TimeoutError):
@@ -254,23 +254,18 @@ class Flights:
                     raise Unreadable
                 boarded = await self._leases.board(flight.ticket.key, flight.uid)
                 if boarded.lease is not None:
-                    await self._reader.catch_up(flight.uid)  # the last that the old leader said
+                    await self._reader.catch_up(following)  # the last that the old leader said
                     return boarded
                 if boarded.uid != flight.uid:
                     return boarded
         finally:
-            self._reader.leave(flight.uid)
+            self._reader.leave(following)
             with contextlib.suppress(RedisDown):
                 await self._leases.leave(flight.ticket.key)
 
     async def _read_what_was_flown(self, flight: Flight) -> None:
         """Take over a flight that nobody here followed: what its clients have seen comes first. Raises RedisDown."""
-        log_book = LogBook(flight)
-        await self._reader.follow(flight.uid, log_book.take)
-        self._reader.leave(flight.uid)
-        if log_book.is_unreadable:
-            flight.events.clear()
-            flight.checks.clear()
+        self._reader.leave(await self._reader.follow(flight.uid, LogBook(flight).take))
 
     async def _found_elsewhere(self, uid: str) -> Flight | None:
         """A flight of another process by its uid, followed from its first event; None where there is none."""
@@ -279,23 +274,27 @@ class Flights:
         flight = Flight(Ticket("", Endpoint.CHAT, "", True, True, True), uid, True)
         log_book = LogBook(flight)
         try:
-            await self._reader.follow(uid, log_book.take)
+            following = await self._reader.follow(uid, log_book.take)
         except RedisDown:
             return None
-        with contextlib.suppress(TimeoutError):  # it may be so young that nothing of it is written yet
+        try:  # it may be so young that nothing of it is written yet
             async with asyncio.timeout(FIND_S):
                 while not (log_book.is_open or log_book.is_unreadable):
                     await flight.news()
-        if log_book.is_unreadable or not log_book.is_open:
-            self._reader.leave(uid)
-            return None
-        if known := self._by_uid.get(uid):  # another request found it meanwhile
+        except TimeoutError:
+            pass
+        except asyncio.CancelledError:
+            self._reader.leave(following)
+            raise
+        known = self._by_uid.get(uid)  # another request may have found it meanwhile
+        if known is not None or log_book.is_unreadable or not log_book.is_open:
+            self._reader.leave(following)
             return known
         self._by_uid[uid] = flight
-        flight.pilot = self._spawn(self._watch(flight, log_book), "flight-resumed")
+        flight.pilot = self._spawn(self._watch(flight, log_book, following), "flight-resumed")
         return flight
 
-    async def _watch(self, flight: Flight, log_book: LogBook) -> None:
+    async def _watch(self, flight: Flight, log_book: LogBook, following: Following) -> None:
         """Pass on a flight that this process could not lead: it has not seen its call."""
         unheld, beat_s = 0, self._settings.flight_lease_s / 3
         try:
@@ -311,7 +310,7 @@ class Flights:
             pass
         finally:
             flight.fail(lost())
-            self._reader.leave(flight.uid)
+            self._reader.leave(following)
             self._landed(flight)
 
     def _end(self, flight: Flight) -> None:
