@@ -39,8 +39,11 @@ def in_form(recording: Recording, endpoint: Endpoint, *, is_stream: bool) -> lis
         return wire.unfold(endpoint, json.loads(recording.head))
     if recording.form is Form.BODY:
         return [recording.head]
-    folded = wire.fold(endpoint, wire.split(recording.content()))
-    return [json.dumps(folded, ensure_ascii=False, separators=(",", ":")).encode()]
+    return [recording.body or dump(wire.fold(endpoint, wire.split(recording.content())))]
+
+
+def dump(document: dict[str, Any]) -> bytes:
+    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def timings_of(recording: Recording) -> Timings:
@@ -87,7 +90,7 @@ def without_token_ids(body: bytes) -> tuple[bytes, list[int] | None]:
             if name in holder:
                 holder[name] = None
     counts = [len(each) for each in ids] if ids and all(isinstance(each, list) for each in ids) else None
-    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode(), counts
+    return dump(document), counts
 
 
 def made(
@@ -123,7 +126,7 @@ def cut_to_measure(recording: Recording, shape: Shape, rule: Rule) -> Recording:
         document = _body_of(recording)
         tokens = recording.choice_tokens or [recording.completion_tokens]
         fewer = wire.fewer(document, shape.n, tokens, logprobs=shape.logprobs is not None)
-        content = json.dumps(fewer, ensure_ascii=False, separators=(",", ":")).encode()
+        content = dump(fewer)
         return recording.with_content(Form.BODY, content, b"", b"", completion_tokens=sum(tokens[: shape.n]))
     return recording
 

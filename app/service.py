@@ -431,7 +431,8 @@ class Service:
         parts = wire.split_usage(call.endpoint, kept.events)
         recording = forms.made(call, plan.shape, Form.EVENTS, document, parts, began)
         is_counted = plan.shape.is_cuttable and kept.counts[-1] == recording.completion_tokens
-        await self._keep(call, plan, standing, recording.counting(counts=kept.counts) if is_counted else recording)
+        recording = recording.counting(counts=kept.counts if is_counted else None, body=forms.dump(document))
+        await self._keep(call, plan, standing, recording)
 
     async def _keep(self, call: Call, plan: Plan, standing: Recording | None, recording: Recording) -> None:
         """In the family's place if it serves all that stands there serves; else beside it."""
@@ -466,11 +467,7 @@ def _replay(recording: Recording, call: Call) -> Answer:
         else:
             content = recording.content(with_usage=call.wants_usage_event)
         return Answer(events=_in_pieces(wire.freshen(call.endpoint, content, old, fresh, call.body)), timings=timings)
-    if recording.form is Form.EVENTS:
-        folded = wire.fold(call.endpoint, wire.split(recording.content()))
-        content = json.dumps(folded, ensure_ascii=False, separators=(",", ":")).encode()
-    else:
-        content = recording.head
+    (content,) = forms.in_form(recording, call.endpoint, is_stream=False)
     return Answer(body=wire.freshen(call.endpoint, content, old, fresh, call.body), timings=timings)
 
 
