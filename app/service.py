@@ -32,7 +32,7 @@ from app.cache.refusals import Refusals
 from app.cache.reuse import Rule, Shape, reads_the_same_streamed
 from app.cache.store import Slot, Store, age_s
 from app.domain import Answer, CacheStatus, Call, Caller, Endpoint, Form, Reply, Timings, Weights
-from app.engine import Engine
+from app.engine import Engine, Phase
 from app.errors import AppError, BadCall, Incomplete, NotCached, NotFound
 from app.flight.flight import Flight, Ticket, lost
 from app.flight.flights import Flights
@@ -338,7 +338,16 @@ class Service:
         is_kept = self._settings.stream_resume_s > 0 and is_stream and not plan.directives.no_store
         key = plan.exact.key if plan.exact is not None and is_shared else secrets.token_hex(32)
         shared_by, own = self._owned_by(call.caller)
-        return Ticket(key, call.endpoint, shared_by if is_shared else own, is_stream, is_shared, is_kept)
+        return Ticket(
+            key,
+            call.endpoint,
+            shared_by if is_shared else own,
+            is_stream,
+            is_shared,
+            is_kept,
+            can_lead=lambda: self.engine.state.phase is Phase.READY,
+            wait=lambda: self.engine.state.ready(self._settings.loading_wait_s),
+        )
 
     def _owned_by(self, caller: Caller) -> tuple[str, str]:
         """Whose streams a caller may come back to: those of all that share answers with it, and its tenant's own."""

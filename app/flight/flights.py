@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 Takeoff = Callable[[Flight], AsyncGenerator[bytes, None]]
 
+# The status of what is wrong with this server, and not with the call.
+UNAVAILABLE = 503
 # How long a stream is looked for that a client comes back to.
 FIND_S = 0.5
 
@@ -166,6 +168,8 @@ class Flights:
             await self._lead(flight, takeoff, None)
             return
         try:
+            if not flight.ticket.can_lead() and not await self._leases.is_held(flight.ticket.key):
+                await flight.ticket.wait()  # a lease held by who cannot generate would hold up those who can
             boarded = await self._leases.board(flight.ticket.key, flight.uid)
             while boarded.lease is None:
                 self._take_name(flight, boarded.uid)
@@ -221,6 +225,11 @@ class Flights:
             await publisher.end(publisher.entry("end", tokens=_tokens(flight)))
         except AppError as error:
             flight.fail(error)  # before the world hears of it: clients of this process need not wait for Redis
+            if error.status == UNAVAILABLE:  # this engine is down or full; another server's may not be
+                await publisher.stop()
+                with contextlib.suppress(RedisDown):
+                    await lease.release()
+                raise
             await publisher.end(publisher.entry("fail", error=Told.of(error)))
             raise
         except BaseException:  # this server stops, or nobody is left; who follows elsewhere carries it on
