@@ -46,7 +46,9 @@ def in_form(recording: Recording, endpoint: Endpoint, *, is_stream: bool) -> lis
         return wire.unfold(endpoint, json.loads(recording.head))
     if recording.form is Form.BODY:
         return [recording.head]
-    return [_dumped(wire.fold(endpoint, wire.split(recording.content())))]
+    if recording.body:
+        return [recording.body]
+    return [dump(wire.fold(endpoint, wire.split(recording.content())))]
 
 
 def _template(call: Call, recording: Recording, *, with_usage: bool) -> tuple[wire.Template, int]:
@@ -87,7 +89,7 @@ def cut_to_measure(recording: Recording, shape: Shape, rule: Rule) -> Recording:
         document = _body_of(recording)
         tokens = recording.choice_tokens or [recording.completion_tokens]
         fewer = wire.fewer(document, shape.n, tokens, logprobs=shape.logprobs is not None)
-        return recording.with_content(Form.BODY, _dumped(fewer), b"", b"", completion_tokens=sum(tokens[: shape.n]))
+        return recording.with_content(Form.BODY, dump(fewer), b"", b"", completion_tokens=sum(tokens[: shape.n]))
     return recording
 
 
@@ -135,7 +137,7 @@ def without_token_ids(body: bytes) -> tuple[bytes, list[int] | None]:
             if name in holder:
                 holder[name] = None
     counts = [len(each) for each in ids] if ids and all(isinstance(each, list) for each in ids) else None
-    return _dumped(document), counts
+    return dump(document), counts
 
 
 # --- a recording -------------------------------------------------------------------------------------
@@ -197,5 +199,6 @@ class Kept:
             self.counts.append(tokens)
 
 
-def _dumped(document: dict[str, Any]) -> bytes:
+def dump(document: dict[str, Any]) -> bytes:
+    """JSON as vLLM's routes write it."""
     return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()

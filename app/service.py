@@ -402,7 +402,18 @@ class Service:
         key = plan.exact.key if plan.exact is not None and is_shared else secrets.token_hex(32)
         shared_by, own = self._owned_by(call.caller)
         owner = shared_by if is_shared else own
-        return Ticket(key, call.endpoint, owner, plan.serving.weights.short, is_stream, is_shared, is_kept)
+        engine = plan.serving.engine
+        return Ticket(
+            key,
+            call.endpoint,
+            owner,
+            plan.serving.weights.short,
+            is_stream,
+            is_shared,
+            is_kept,
+            can_lead=lambda: engine.state.phase is Phase.READY,
+            wait=lambda: engine.state.ready(self._settings.loading_wait_s),
+        )
 
     def _owned_by(self, caller: Caller) -> tuple[str, str]:
         """Whose streams a caller may come back to: those of all that share answers with it, and its tenant's own."""
@@ -495,7 +506,8 @@ class Service:
         parts = wire.split_usage(call.endpoint, kept.events)
         recording = self._recording(call, plan, Form.EVENTS, document, parts, began)
         is_counted = plan.shape.is_cuttable and kept.counts[-1] == recording.completion_tokens
-        await self._keep(call, plan, standing, recording.counting(counts=kept.counts) if is_counted else recording)
+        recording = recording.counting(counts=kept.counts if is_counted else None, body=forms.dump(document))
+        await self._keep(call, plan, standing, recording)
 
     def _recording(
         self,

@@ -82,7 +82,8 @@ class AnswerRoute:
         if (idempotency_key := headers.get(b"idempotency-key")) is not None:
             plan = await self._service.claimed(call, plan, idempotency_key.decode("latin-1"))
         plan = self._service.drawn(call, plan)
-        came_back = _position(headers.get(b"last-event-id")) if call.is_streaming else None
+        may_come_back = call.is_streaming and not plan.directives.only_if_cached
+        came_back = _position(headers.get(b"last-event-id")) if may_come_back else None
 
         looking = time.perf_counter()
         reply = await self._service.recall(call, plan) if came_back is None else None

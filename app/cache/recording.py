@@ -37,7 +37,8 @@ class Recording(msgspec.Struct, frozen=True, array_like=True):
     whose answer it is. Times are unix seconds.
 
     The rest is what tells which other calls it serves (`reuse.py`): the shape of the call that it was made for,
-    whether it `ended` by itself, the tokens generated up to each event (`counts`) and in each choice.
+    whether it `ended` by itself, the tokens generated up to each event (`counts`) and in each choice. `body` is what
+    the events fold into, since to fold them again would double the time of a hit.
     """
 
     form: Form
@@ -57,6 +58,7 @@ class Recording(msgspec.Struct, frozen=True, array_like=True):
     logprobs: int | None = None
     ended: bool = False
     counts: list[int] | None = None
+    body: bytes = b""
     choice_tokens: list[int] | None = None
 
     def content(self, *, with_usage: bool = True) -> bytes:
@@ -64,11 +66,13 @@ class Recording(msgspec.Struct, frozen=True, array_like=True):
 
     def with_content(self, form: Form, head: bytes, usage: bytes, tail: bytes, *, completion_tokens: int) -> Recording:
         return msgspec.structs.replace(
-            self, form=form, head=head, usage=usage, tail=tail, completion_tokens=completion_tokens
+            self, form=form, head=head, usage=usage, tail=tail, completion_tokens=completion_tokens, body=b""
         )
 
-    def counting(self, *, counts: list[int] | None = None, choice_tokens: list[int] | None = None) -> Recording:
-        return msgspec.structs.replace(self, counts=counts, choice_tokens=choice_tokens)
+    def counting(
+        self, *, counts: list[int] | None = None, body: bytes = b"", choice_tokens: list[int] | None = None
+    ) -> Recording:
+        return msgspec.structs.replace(self, counts=counts, body=body, choice_tokens=choice_tokens)
 
 
 _encoder = msgspec.msgpack.Encoder()

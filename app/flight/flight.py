@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import copy
 import zlib
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from app import wire
@@ -16,13 +16,18 @@ from app.flight import names
 from app.flight.names import Position
 
 
+async def _at_once() -> None:
+    return
+
+
 @dataclass(frozen=True, slots=True)
 class Ticket:
     """What is asked of a flight.
 
     `key`: calls with equal keys may share one. `owner`: who may come back to its stream. `weights`: whose answer it is.
     `is_stream`: the form in which this process would lead it. `is_shared`: others may come aboard, and carry it on.
-    `is_kept`: it goes on when everybody has left, and can be come back to.
+    `is_kept`: it goes on when everybody has left, and can be come back to. `can_lead`, `wait`: whether this process
+    could generate now, and to wait until it can (raises AppError).
     """
 
     key: str
@@ -32,6 +37,8 @@ class Ticket:
     is_stream: bool
     is_shared: bool
     is_kept: bool
+    can_lead: Callable[[], bool] = lambda: True
+    wait: Callable[[], Awaitable[None]] = _at_once
 
 
 @dataclass(eq=False)

@@ -26,8 +26,10 @@ from app.flight import names
 from app.flight.flight import Flight, Seat, Ticket, lost
 from app.flight.idempotency import Claims
 from app.flight.lease import Boarded, Lease, Leases
-from app.flight.live import About, Entry, Reader, Seal, Told
+from app.flight.live import Following, Reader, Seal, Told
+from app.flight.logbook import DIVERGED, LogBook, Unreadable
 from app.flight.names import Position
+from app.flight.publisher import Publisher
 from app.observe import metrics
 from app.settings import Settings
 
@@ -35,11 +37,10 @@ log = logging.getLogger(__name__)
 
 Takeoff = Callable[[Flight], AsyncGenerator[bytes, None]]
 
-# Followers on other servers see text this much later at most; in between, events are collected into one write.
-PUBLISH_GAP_S = 0.05
-# How long the end of a flight may take to be written; a lease that is not ended expires.
-CLOSE_S = 2.0
-_DIVERGED = "the answer was generated again after its server died, and came out differently; ask again"
+# The status of what is wrong with this server, and not with the call.
+UNAVAILABLE = 503
+# How long a stream is looked for that a client comes back to.
+FIND_S = 0.5
 
 
 class Flights:
@@ -119,7 +120,7 @@ class Flights:
 
     def _deserted(self, flight: Flight) -> None:
         if not _is_awaited(flight) and flight not in self._held:
-            _end(flight)  # at once: the engine is freed before anything else happens
+            self._end(flight)  # at once: the engine is freed before anything else happens
         else:
             self._spawn(self._end_when_nobody_is_left(flight), "deserted")
 
@@ -132,7 +133,7 @@ class Flights:
         while not flight.seats and not flight.is_over:
             if not await self._is_followed(flight):
                 if not flight.seats:
-                    _end(flight)
+                    self._end(flight)
                 return
             await asyncio.sleep(self._settings.flight_lease_s / 3)  # as often as followers say that they are there
 
@@ -167,6 +168,8 @@ class Flights:
             await self._lead(flight, takeoff, None)
             return
         try:
+            if not flight.ticket.can_lead() and not await self._leases.is_held(flight.ticket.key):
+                await flight.ticket.wait()  # a lease held by who cannot generate would hold up those who can
             boarded = await self._leases.board(flight.ticket.key, flight.uid)
             while boarded.lease is None:
                 self._take_name(flight, boarded.uid)
@@ -177,7 +180,7 @@ class Flights:
             self._take_name(flight, boarded.uid)
             if boarded.is_inherited and not flight.events:
                 await self._read_what_was_flown(flight)
-        except (RedisDown, _Unreadable):  # the answer is generated here, and continues what was sent already
+        except (RedisDown, Unreadable):  # the answer is generated here, and continues what was sent already
             await self._lead(flight, takeoff, None)
             return
         if boarded.is_inherited:
@@ -206,22 +209,27 @@ class Flights:
                             flight.add(fresh)
             except Diverged as error:
                 log.warning("a flight that was taken over ends in an error: %s", error)
-                raise EngineFailed(_DIVERGED) from error
+                raise EngineFailed(DIVERGED) from error
             flight.finish()
 
     @asynccontextmanager
-    async def _publishing(self, flight: Flight, lease: Lease | None) -> AsyncIterator[_Publisher | None]:
+    async def _publishing(self, flight: Flight, lease: Lease | None) -> AsyncIterator[Publisher | None]:
         """A publisher while a lease is held. What ends the context is the stream's last entry."""
         if lease is None:
             yield None
             return
-        publisher = _Publisher(flight, lease, self._seal, self._settings)
+        publisher = Publisher(flight, lease, self._seal, self._settings)
         self._held[flight] = lease
         try:
             yield publisher
             await publisher.end(publisher.entry("end", tokens=_tokens(flight)))
         except AppError as error:
             flight.fail(error)  # before the world hears of it: clients of this process need not wait for Redis
+            if error.status == UNAVAILABLE:  # this engine is down or full; another server's may not be
+                await publisher.stop()
+                with contextlib.suppress(RedisDown):
+                    await lease.release()
+                raise
             await publisher.end(publisher.entry("fail", error=Told.of(error)))
             raise
         except BaseException:  # this server stops, or nobody is left; who follows elsewhere carries it on
@@ -239,10 +247,10 @@ class Flights:
         """Pass on what another process flies. None when it ended; else what boarding gave, once something changed.
 
         Raises:
-            RedisDown, _Unreadable: there is nothing to follow any more.
+            RedisDown, Unreadable: there is nothing to follow any more.
         """
-        log_book = _LogBook(flight)
-        await self._reader.follow(flight.uid, log_book.take)
+        log_book = LogBook(flight)
+        following = await self._reader.follow(flight.uid, log_book.take)
         try:
             while True:
                 with contextlib.suppress(TimeoutError):
@@ -252,47 +260,50 @@ class Flights:
                 if flight.is_over:
                     return None
                 if log_book.is_unreadable:
-                    raise _Unreadable
+                    raise Unreadable
                 boarded = await self._leases.board(flight.ticket.key, flight.uid)
                 if boarded.lease is not None:
-                    await self._reader.catch_up(flight.uid)  # the last that the old leader said
+                    await self._reader.catch_up(following)  # the last that the old leader said
                     return boarded
                 if boarded.uid != flight.uid:
                     return boarded
         finally:
-            self._reader.leave(flight.uid)
+            self._reader.leave(following)
             with contextlib.suppress(RedisDown):
                 await self._leases.leave(flight.ticket.key)
 
     async def _read_what_was_flown(self, flight: Flight) -> None:
         """Take over a flight that nobody here followed: what its clients have seen comes first. Raises RedisDown."""
-        log_book = _LogBook(flight)
-        await self._reader.follow(flight.uid, log_book.take)
-        self._reader.leave(flight.uid)
-        if log_book.is_unreadable:
-            flight.events.clear()
-            flight.checks.clear()
+        self._reader.leave(await self._reader.follow(flight.uid, LogBook(flight).take))
 
     async def _found_elsewhere(self, uid: str) -> Flight | None:
         """A flight of another process by its uid, followed from its first event; None where there is none."""
         if self._is_alone:
             return None
         flight = Flight(Ticket("", Endpoint.CHAT, "", "", True, True, True), uid, True)
-        log_book = _LogBook(flight)
+        log_book = LogBook(flight)
         try:
-            await self._reader.follow(uid, log_book.take)
+            following = await self._reader.follow(uid, log_book.take)
         except RedisDown:
             return None
-        if log_book.is_unreadable or not log_book.is_open:
-            self._reader.leave(uid)
-            return None
-        if known := self._by_uid.get(uid):  # another request found it meanwhile
+        try:  # it may be so young that nothing of it is written yet
+            async with asyncio.timeout(FIND_S):
+                while not (log_book.is_open or log_book.is_unreadable):
+                    await flight.news()
+        except TimeoutError:
+            pass
+        except asyncio.CancelledError:
+            self._reader.leave(following)
+            raise
+        known = self._by_uid.get(uid)  # another request may have found it meanwhile
+        if known is not None or log_book.is_unreadable or not log_book.is_open:
+            self._reader.leave(following)
             return known
         self._by_uid[uid] = flight
-        flight.pilot = self._spawn(self._watch(flight, log_book), "flight-resumed")
+        flight.pilot = self._spawn(self._watch(flight, log_book, following), "flight-resumed")
         return flight
 
-    async def _watch(self, flight: Flight, log_book: _LogBook) -> None:
+    async def _watch(self, flight: Flight, log_book: LogBook, following: Following) -> None:
         """Pass on a flight that this process could not lead: it has not seen its call."""
         unheld, beat_s = 0, self._settings.flight_lease_s / 3
         try:
@@ -308,8 +319,15 @@ class Flights:
             pass
         finally:
             flight.fail(lost())
-            self._reader.leave(flight.uid)
+            self._reader.leave(following)
             self._landed(flight)
+
+    def _end(self, flight: Flight) -> None:
+        """Nobody is aboard; and from now on nobody can come aboard either."""
+        if self._by_key.get(flight.ticket.key) is flight:
+            del self._by_key[flight.ticket.key]
+        if flight.pilot is not None:
+            flight.pilot.cancel()
 
     # --- bookkeeping ---------------------------------------------------------------------------
 
@@ -346,163 +364,6 @@ class Flights:
         return task
 
 
-class _Unreadable(Exception):
-    """Raised when a live stream has an entry missing, or one that is not its leader's."""
-
-
-class _Publisher:
-    """Writes what a leader says into the live stream, behind its back: a task that holds the lease as well."""
-
-    def __init__(self, flight: Flight, lease: Lease, seal: Seal, settings: Settings) -> None:
-        self._flight = flight
-        self._lease = lease
-        self._seal = seal
-        self._room_bytes = settings.stream_max_bytes
-        self._resume_ms = int(max(settings.stream_resume_s, settings.flight_lease_s) * 1000)
-        self._number = 0
-        self._said: list[bytes] = []
-        self._ended = False
-        self._news = asyncio.Event()
-        ticket = flight.ticket
-        about = About(ticket.key, ticket.endpoint.value, ticket.owner, ticket.weights, ticket.is_stream)
-        self._opening = self.entry("open", about=about)
-        self._task = asyncio.create_task(self._write_on(), name="flight-publisher")
-
-    def say(self, event: bytes) -> None:
-        if self._room_bytes >= 0:
-            self._room_bytes -= len(event)
-            self._said.append(event)
-            self._news.set()
-
-    def entry(self, kind: str, **members: object) -> Callable[[], bytes]:
-        """Numbered when it is written, since entries follow each other without a gap."""
-
-        def made() -> bytes:
-            number, self._number = self._number, self._number + 1
-            return self._seal.close(Entry(kind, self._lease.token, number, **members), self._lease.uid)  # type: ignore[arg-type]
-
-        return made
-
-    async def end(self, last: Callable[[], bytes]) -> None:
-        """Write what is left, and the last entry."""
-        self._ended = True
-        self._news.set()
-        try:
-            async with asyncio.timeout(CLOSE_S):
-                await asyncio.shield(asyncio.wait({self._task}))
-                if self._flight.may_record:
-                    await self._write(last(), is_last=True)
-        except LeaseLost:
-            self._lost()
-        except TimeoutError:  # Redis is gone; the lease expires by itself
-            return
-
-    async def stop(self) -> None:
-        self._task.cancel()
-        await asyncio.wait({self._task})
-
-    async def _write_on(self) -> None:
-        try:
-            await self._write(self._opening())
-            while not (self._ended and not self._said):
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(self._lease.beat_s):
-                        await self._news.wait()
-                self._news.clear()
-                await self._write(self._collected())
-                if not self._ended:
-                    await asyncio.sleep(PUBLISH_GAP_S)
-        except LeaseLost:
-            self._lost()
-
-    def _lost(self) -> None:
-        """We were away too long: another leads. Our clients go on with what we generate; the world hears no more."""
-        self._flight.may_record = False
-        metrics.leases_lost.inc()
-        log.warning("a flight lost its lease; it goes on for the clients of this server alone")
-
-    def _collected(self) -> bytes:
-        said, self._said = self._said, []
-        if self._room_bytes < 0:
-            return self.entry("cut")() if said else b""
-        return self.entry("events", content=b"".join(said))() if said else b""
-
-    async def _write(self, entry: bytes, *, is_last: bool = False) -> None:
-        """Once, or again until it is there: readers know an entry that comes twice by its number. Raises LeaseLost."""
-        while True:
-            try:
-                await self._lease.publish(entry, is_last=is_last, keep_ms=self._resume_ms if is_last else None)
-            except RedisDown:
-                await asyncio.sleep(self._lease.beat_s)
-            else:
-                return
-
-
-class _LogBook:
-    """Puts a live stream's entries into a flight: each once, in order, also when the leader changes."""
-
-    def __init__(self, flight: Flight) -> None:
-        self._flight = flight
-        self._token: str | None = None
-        self._next = 0
-        self._splice: wire.Splice | None = None
-        self.is_unreadable = False
-
-    @property
-    def is_open(self) -> bool:
-        return self._token is not None
-
-    def take(self, entry: Entry | None) -> None:
-        if self.is_unreadable or self._flight.is_over:
-            return
-        try:
-            self._take(entry)
-        except Diverged:
-            self._flight.fail(EngineFailed(_DIVERGED))
-        except _Unreadable:
-            self.is_unreadable = True
-            self._flight.wake()
-
-    def _take(self, entry: Entry | None) -> None:
-        if entry is None or entry.kind == "cut":
-            raise _Unreadable
-        if entry.kind == "open":
-            self._open(entry)
-            return
-        if entry.token != self._token or entry.number > self._next:
-            raise _Unreadable
-        if entry.number < self._next:
-            return
-        self._next += 1
-        if entry.kind == "end":
-            if entry.tokens:
-                self._flight.timings.prompt_tokens, self._flight.timings.completion_tokens = entry.tokens
-            self._flight.finish()
-        elif entry.kind == "fail" and entry.error is not None:
-            self._flight.fail(entry.error.error())
-        elif self._flight.is_stream:
-            for event in wire.split(entry.content):
-                fresh = self._splice.fit(event) if self._splice else event
-                if fresh is not None:
-                    self._flight.add(fresh)
-        elif not self._flight.events:
-            self._flight.add(entry.content)
-
-    def _open(self, entry: Entry) -> None:
-        if entry.token == self._token:
-            return
-        if entry.about is None or entry.number != 0:
-            raise _Unreadable
-        self._token, self._next = entry.token, 1
-        flight, about = self._flight, entry.about
-        if not flight.ticket.key:  # found by its uid alone
-            endpoint = Endpoint(about.endpoint)
-            flight.ticket = Ticket(about.key, endpoint, about.owner, about.weights, about.is_stream, True, True)
-        if not flight.events:
-            flight.is_stream = about.is_stream
-        self._splice = wire.Splice(flight.ticket.endpoint, flight.events) if flight.events else None
-
-
 def _is_published(ticket: Ticket) -> bool:
     return ticket.is_shared or ticket.is_kept
 
@@ -510,11 +371,6 @@ def _is_published(ticket: Ticket) -> bool:
 def _is_awaited(flight: Flight) -> bool:
     """Whether a client may come back for the rest: only a stream can be gone on with."""
     return flight.ticket.is_kept and flight.was_streamed
-
-
-def _end(flight: Flight) -> None:
-    if flight.pilot is not None:
-        flight.pilot.cancel()
 
 
 def _tokens(flight: Flight) -> tuple[int, int] | None:

@@ -112,8 +112,11 @@ class Seal:
         return digest.digest()
 
 
-class _Followed:
-    def __init__(self, uid: str, take: Callable[[Entry | None], None]) -> None:
+class Following:
+    """One who follows a stream, and how far it has come."""
+
+    def __init__(self, namespace: str, uid: str, take: Callable[[Entry | None], None]) -> None:
+        self.name = names.live(namespace, uid)
         self.uid = uid
         self.take = take
         self.last = b"0"
@@ -130,29 +133,37 @@ class Reader:
         self._client: Any = None
         self._link = link
         self._seal = seal
-        self._followed: dict[str, _Followed] = {}
+        self._following: set[Following] = set()
         self._wanted = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
-    async def follow(self, uid: str, take: Callable[[Entry | None], None]) -> None:
+    async def follow(self, uid: str, take: Callable[[Entry | None], None]) -> Following:
         """Give `take` every entry from the stream's first on, in order; None for one that is not ours.
 
-        What is there already has been taken when this returns. Raises RedisDown.
+        What is there already has been taken when this returns; give what it returns to `leave`. Raises RedisDown.
         """
-        followed = _Followed(uid, take)
-        await self._catch_up(followed)
-        self._followed[names.live(self._namespace, uid)] = followed
+        following = Following(self._namespace, uid, take)
+        await self.catch_up(following)
+        self._following.add(following)
         self._wanted.set()
         if self._task is None:
             self._task = asyncio.create_task(self._read_on(), name="live-reader")
+        return following
 
-    def leave(self, uid: str) -> None:
-        self._followed.pop(names.live(self._namespace, uid), None)
+    def leave(self, following: Following) -> None:
+        self._following.discard(following)
 
-    async def catch_up(self, uid: str) -> None:
-        """Take what a followed stream holds and has not been taken. Raises RedisDown."""
-        if followed := self._followed.get(names.live(self._namespace, uid)):
-            await self._catch_up(followed)
+    async def catch_up(self, following: Following) -> None:
+        """Take what the stream holds and has not been taken. Raises RedisDown."""
+        while True:
+            after = "-" if following.last == b"0" else b"(" + following.last
+            try:
+                found = await self._link.ask(_range(following.name, after))
+            except ResponseError as error:
+                raise RedisDown(str(error)) from error
+            self._hand(following, found)
+            if len(found) < READ_COUNT:
+                return
 
     async def close(self) -> None:
         if self._task:
@@ -161,21 +172,9 @@ class Reader:
         if self._client is not None:
             await self._client.aclose()
 
-    async def _catch_up(self, followed: _Followed) -> None:
-        name = names.live(self._namespace, followed.uid)
-        while True:
-            after = "-" if followed.last == b"0" else b"(" + followed.last
-            try:
-                found = await self._link.ask(_range(name, after))
-            except ResponseError as error:
-                raise RedisDown(str(error)) from error
-            self._hand(followed, found)
-            if len(found) < READ_COUNT:
-                return
-
     async def _read_on(self) -> None:
         while True:
-            if not self._followed:
+            if not self._following:
                 self._wanted.clear()
                 await self._wanted.wait()
             try:
@@ -187,25 +186,28 @@ class Reader:
     async def _read(self) -> None:
         if self._client is None:
             self._client = self._open_client()
-        asked = dict(self._followed)
+        asked = list(self._following)
         if self._one_by_one:
-            for name, each in asked.items():
+            for each in asked:
                 after = "-" if each.last == b"0" else b"(" + each.last
-                self._hand(each, await self._client.xrange(name, after, "+", count=READ_COUNT))
+                self._hand(each, await self._client.xrange(each.name, after, "+", count=READ_COUNT))
             await asyncio.sleep(BLOCK_MS / 1000)
             return
-        positions: dict[Any, Any] = {name: followed.last for name, followed in asked.items()}
+        positions: dict[Any, Any] = {}
+        for each in sorted(asked, key=lambda each: _order(each.last), reverse=True):
+            positions[each.name] = each.last  # of several on one stream the one that is furthest back
         answer = await self._client.xread(positions, count=READ_COUNT, block=BLOCK_MS) or {}
         for name, found in answer.items() if isinstance(answer, dict) else answer:
             batch = found[0] if isinstance(answer, dict) else found
-            if (followed := asked.get(name.decode())) is not None:
-                self._hand(followed, batch)
+            for each in asked:
+                if each.name == name.decode() and each in self._following:
+                    self._hand(each, batch)
 
-    def _hand(self, followed: _Followed, found: list[Any]) -> None:
+    def _hand(self, following: Following, found: list[Any]) -> None:
         for ident, members in found:
-            if _order(ident) > _order(followed.last):  # both kinds of read may bring an entry
-                followed.last = ident
-                followed.take(self._seal.open(members.get(b"e", b""), followed.uid))
+            if _order(ident) > _order(following.last):  # both kinds of read may bring an entry
+                following.last = ident
+                following.take(self._seal.open(members.get(b"e", b""), following.uid))
 
 
 def _order(ident: bytes) -> tuple[int, int]:

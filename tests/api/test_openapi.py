@@ -87,7 +87,7 @@ def test_every_operation_says_what_it_takes_and_gives(path: str, method: str, op
         if status != "200" and path != "/readyz":
             example = response["content"]["application/json"]["example"]
             assert set(example) == {"error", "type", "request_id"}
-    expected = {"400", "401", "404", "405", "408", "413", "415", "429", "500", "503", "504"}
+    expected = {"400", "401", "404", "405", "408", "413", "410", "415", "422", "429", "500", "503", "504"}
     if path in set(Endpoint):
         assert set(responses) == {"200", *expected}
         assert {"x-cache", "age", "x-cache-key", "x-weights", "server-timing"} <= set(responses["200"]["headers"])

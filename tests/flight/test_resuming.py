@@ -119,6 +119,27 @@ def test_two_hundred_streams_cut_at_random_are_whole_after_resuming_elsewhere(tw
         assert sum(pool.map(one, range(200))) == 200
 
 
+def test_many_who_come_back_at_once_and_who_ask_anew_all_follow(serve: Callable[..., Running]) -> None:
+    """On a server that has nothing of it but the live stream in Redis."""
+    options = {"redis_namespace": f"two{secrets.token_hex(4)}", "stream_resume_s": RESUME_S}
+    here, there = (serve(**options, scripted_tokens_per_s=20.0) for _ in range(2))
+    first = cut(here.url, CHAT, chat(max_tokens=30), 5)
+
+    def back(number: int) -> list[bytes]:
+        if number % 2:
+            return [data for _, data in first + list(events(rest(there.url, first[-1][0])))]
+        return [data for _, data in cut(there.url, CHAT, chat(max_tokens=30), 1000)]
+
+    def said(data: list[bytes]) -> list[bytes]:
+        return [each.split(b'"choices":')[-1] for each in data]
+
+    with ThreadPoolExecutor(8) as pool:
+        streams = list(pool.map(back, range(8)))
+    assert all(said(stream) == said(streams[0]) for stream in streams)
+    assert streams[0][-1] == b"data: [DONE]"
+    assert there.engine.calls == []
+
+
 def test_the_same_post_with_last_event_id_goes_on_too(two: tuple[Running, Running]) -> None:
     here, there = two
     whole = cut(here.url, CHAT, chat(), 1000)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from app.errors import EngineFailed
+from app.engine import Phase
+from app.errors import EngineDown, EngineFailed
 from app.gate.keys import KeyFile
 from tests.conftest import RedisServer, Running, chat, start_process, until
 from tests.flight.asking import CHAT, Asking, on_loop, script_of
@@ -183,6 +184,34 @@ def test_a_failure_elsewhere_is_told_with_its_own_status(two: tuple[Running, Run
     for each in (leader, follower):
         assert each.done().response.status_code == 500
         assert "engine_error" in "".join(each.lines)
+
+
+def test_followers_elsewhere_carry_on_what_a_leader_has_no_engine_for(two: tuple[Running, Running]) -> None:
+    """503 is about a server, not about the call: its own clients hear it, the others do not."""
+    here, there = two
+    leader, script = Asking(here.url, chat(stream=True)), script_of(here)
+    on_loop(here, script.say, WORDS[0])
+    follower = Asking(there.url, chat(stream=True))
+    until(lambda: follower.text == WORDS[0])
+    on_loop(here, script.fail, EngineDown("the engine stopped while it worked on this call"))
+    assert leader.done().payloads[-1]["error"]["code"] == "engine_down"
+    again = script_of(there)
+    for word in WORDS[:3]:
+        on_loop(there, again.say, word)
+    on_loop(there, again.finish)
+    assert follower.done().text == "".join(WORDS[:3])
+    assert follower.is_whole
+
+
+def test_a_server_that_still_loads_does_not_hold_up_those_that_are_ready(serve: Callable[..., Running]) -> None:
+    options = {"redis_namespace": f"two{secrets.token_hex(4)}", "flight_lease_s": 0.6}
+    loading, ready = serve(**options, is_ready=False, loading_wait_s=30), serve(**options)
+    first = Asking(loading.url, chat())
+    until(lambda: boarded(loading))
+    assert Asking(ready.url, chat()).done().status == "miss"
+    on_loop(loading, loading.engine.state.become, Phase.READY)
+    assert first.done().status == "shared"
+    assert loading.engine.calls == []
 
 
 def test_a_follower_takes_over_from_a_server_that_died(
