@@ -91,7 +91,7 @@ class Client:
     task: asyncio.Task[None] | None = None
 
     async def ask(self, world: World, key: str) -> None:
-        ticket = Ticket(key, Endpoint.CHAT, "tenant t", is_stream=True, is_shared=True, is_kept=False)
+        ticket = Ticket(key, Endpoint.CHAT, "tenant t", "m@0", is_stream=True, is_shared=True, is_kept=False)
         with self.server.flights.board(ticket, world.fly, is_streaming=True) as seat:
             answer = await Ride(seat, True, False, {}, Timings()).answer()
             async for event in answer.events:
