@@ -396,6 +396,7 @@ COMMANDS = [
     ("cache",),
     ("cache", "stats"),
     ("cache", "purge"),
+    ("cache", "explain"),
     ("keys",),
     ("keys", "create"),
     ("keys", "list"),
