@@ -174,7 +174,7 @@ class Service:
         samples = 0 if is_deterministic(call, weights) else self._samples(directives)
         return Plan(serving, slot, shape, not directives.no_cache, not directives.no_store, directives, samples=samples)
 
-    async def _up_to_date(self, call: Call, plan: Plan) -> Plan:
+    async def up_to_date(self, call: Call, plan: Plan) -> Plan:
         """A plan on weights that take new calls: `plan` itself, or a new one if others have come in meanwhile.
 
         Waits while a swap holds calls. Its serving is to be held before the next `await`: that is what keeps an
@@ -350,7 +350,7 @@ class Service:
             if not self._ticket(call, plan).is_shared:
                 raise lost()
             metrics.child(metrics.resumed, "again").inc()
-        plan = await self._up_to_date(call, plan)
+        plan = await self.up_to_date(call, plan)
         ticket = self._ticket(call, plan)
         if ticket.is_shared:
             self._refusals.check(f"{ticket.key} {ticket.is_stream}")

@@ -219,7 +219,7 @@ def test_a_follower_takes_over_from_a_server_that_died(
 ) -> None:
     """Killed in the middle of its stream: the follower elsewhere gets each word once, and the right end."""
     options = {"redis_namespace": f"dies{secrets.token_hex(4)}", "flight_lease_s": 0.6, "scripted_tokens_per_s": 20.0}
-    there = serve(**options)
+    there = serve(weights=_scripted_weights(), **options)
     environment = {f"REFRAIN_{name.upper()}": str(value) for name, value in options.items()}
     (tmp_path / "other").mkdir()
     dying = start_process(
@@ -236,7 +236,6 @@ def test_a_follower_takes_over_from_a_server_that_died(
     with dying.client() as client:
         assert client.get("/v1/models").json()["data"][0]["id"] == weights.name
     try:
-        there.app.state.service.weights = _scripted_weights()
         whole = Asking(there.url, chat("to be continued", max_tokens=30, cache={"no_store": True, "no_cache": True}))
         leader = Asking(dying.url, dying_body)
         until(lambda: leader.text)
@@ -265,8 +264,7 @@ def test_a_leader_that_was_paused_cannot_write_any_more(
 ) -> None:
     """SIGSTOP for longer than the lease; then it goes on. Its follower has taken over and hears it no more."""
     options = {"redis_namespace": f"stop{secrets.token_hex(4)}", "flight_lease_s": 0.6, "scripted_tokens_per_s": 15.0}
-    there = serve(**options)
-    there.app.state.service.weights = _scripted_weights()
+    there = serve(weights=_scripted_weights(), **options)
     environment = {f"REFRAIN_{name.upper()}": str(value) for name, value in options.items()}
     (tmp_path / "other").mkdir()
     paused = start_process(

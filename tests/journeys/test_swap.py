@@ -314,20 +314,20 @@ async def test_a_call_planned_before_the_switch_is_planned_anew_or_keeps_its_own
     """A swap between plan and generate: the key, the header and the engine change together, or not at all."""
     from app.cache.policy import NONE
     from app.domain import Call, Caller, Endpoint
-    from app.service import Service
+    from app.main import create_service
     from app.serving import Catalog, Serving
     from tests.conftest import WEIGHTS
 
     settings = Settings(engine="scripted")
     old, new = WEIGHTS, replace(WEIGHTS, digest="c" * 64)
-    service = Service(settings, old, ScriptedEngine(settings, old), None)  # type: ignore[arg-type]  # no cache is asked
+    service = create_service(settings, old)
     call = Call(Endpoint.CHAT, chat(), Caller(), "test")
     before = service.plan(call, NONE)
-    assert await service.board(call, before) is before
+    assert await service.up_to_date(call, before) is before
     with before.serving.hold():
         service.catalog = Catalog(Serving(new, ScriptedEngine(settings, new)))
         before.serving.retire()
-        after = await service.board(call, before)
+        after = await service.up_to_date(call, before)
         assert after.serving.weights is new
         assert before.slot
         assert after.slot
