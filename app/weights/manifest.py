@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -25,8 +25,10 @@ class BrokenWeights(StartRefused):
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """One set of published weights. Fields that a newer Refrain adds are ignored; a new `schema` is refused.
 
-    `source` says where the files came from (`{"kind": "pip", ...}`, `{"kind": "finetune", ...}`). The last three are
-    the training job's: the digest of the base, what was measured, and the settings that made it.
+    `source` says where the files came from (`{"kind": "pip", ...}`, `{"kind": "finetune", ...}`). `base`, `metrics` and
+    `settings` are the training job's: the digest of the base, what was measured, and the settings that made it.
+    `kind` is "model", or "adapter" for a LoRA adapter of the weights whose digest `base` is. `fingerprint` is what the
+    engine said to fixed probes at the trial (see `fingerprint.py`); empty where there was none.
     """
 
     schema: int
@@ -39,6 +41,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     base: str | None = None
     metrics: dict[str, float] = {}
     settings: dict[str, Any] = {}
+    kind: Literal["model", "adapter"] = "model"
+    fingerprint: dict[str, Any] = {}
 
     @property
     def short(self) -> str:

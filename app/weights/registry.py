@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -181,6 +181,8 @@ class Registry:
         base: str | None = None,
         metrics: Mapping[str, float] | None = None,
         settings: Mapping[str, Any] | None = None,
+        kind: Literal["model", "adapter"] = "model",
+        fingerprint: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
     ) -> Manifest:
         """Make `staged` the weights `name@<digest>`, on the disk when this returns; `current` is not moved.
@@ -196,6 +198,8 @@ class Registry:
         files = digest_files(staged, progress=progress)
         if not any(file.endswith(".safetensors") for file in files):
             raise BrokenWeights(f"{staged} holds no *.safetensors: there are no weights to publish")
+        if kind == "adapter" and not base:
+            raise BrokenWeights(f"{staged} is an adapter, and nothing says of which weights")
         manifest = Manifest(
             schema=manifests.SCHEMA,
             name=name,
@@ -207,6 +211,8 @@ class Registry:
             base=base,
             metrics=dict(metrics or {}),
             settings=dict(settings or {}),
+            kind=kind,
+            fingerprint=dict(fingerprint or {}),
         )
         # 2. Everything on the disk, and the manifest last.
         (staged / MANIFEST).unlink(missing_ok=True)
