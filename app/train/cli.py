@@ -128,10 +128,15 @@ def _require_the_packages() -> None:
 
 
 def _show(job: Job, origins: dict[str, str]) -> None:
+    """Every setting with its origin. Without a terminal each is a whole line, however long."""
+    values = {name: "" if (value := getattr(job, name)) is None else str(value) for name in Job.model_fields}
+    if not err.is_terminal:
+        for name, value in values.items():
+            err.print(f"{name} = {value}  ({origins[name]})", soft_wrap=True, markup=False)
+        return
     table = Table("setting", "value", "origin", box=None, pad_edge=False)
-    for name in Job.model_fields:
-        value = getattr(job, name)
-        table.add_row(name, "" if value is None else str(value), origins[name])
+    for name, value in values.items():
+        table.add_row(name, value, origins[name])
     err.print(table)
 
 
@@ -151,16 +156,17 @@ def _progress(*, is_shown: bool) -> Iterator[tuple[Callable[[str], None], Callab
 def _plain_lines() -> Callable[[Any], None]:
     import time
 
-    began: list[tuple[float, int]] = []
+    first: list[tuple[float, int]] = []  # when the first step had been done, and which it was
 
     def tell(step: Any) -> None:
-        began or began.append((time.monotonic(), step.number - 1))
-        each_s = (time.monotonic() - began[0][0]) / max(1, step.number - began[0][1])
-        left = f"{each_s:.1f} s/step, {each_s * (step.total - step.number):.0f} s left"
+        if not first:
+            first.append((time.monotonic(), step.number))
+        each_s = (time.monotonic() - first[0][0]) / max(1, step.number - first[0][1])
+        left = f", {each_s:.1f} s/step, {each_s * (step.total - step.number):.0f} s left" if each_s > 0.001 else ""
         if step.eval_loss is not None:
             err.print(f"step {step.number}/{step.total}: held-out loss {step.eval_loss:.3f}")
         elif step.loss is not None and (step.number == 1 or step.number % 5 == 0 or step.number == step.total):
-            err.print(f"step {step.number}/{step.total}: loss {step.loss:.3f}, {left}")
+            err.print(f"step {step.number}/{step.total}: loss {step.loss:.3f}{left}")
 
     return tell
 

@@ -55,7 +55,9 @@ class Job(BaseModel):
     warmup_steps: int = Field(3, ge=0, description="Steps in which it rises.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
-    group_by_length: bool = Field(True, description="Batches of rows of like length: less padding.")
+    group_by_length: bool = Field(
+        False, description="Batches of rows of like length: less padding, and less variety in a batch."
+    )
     packing: bool = Field(False, description="Several rows in one sequence of max_length, apart from each other.")
     gradient_checkpointing: bool = Field(False, description="Less memory for a third more time.")
     dtype: Literal["auto", "bfloat16", "float32"] = Field(

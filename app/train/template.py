@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -72,25 +73,27 @@ class Template:
         """
         plain = [_as_the_engine_reads_it(message) for message in messages]
         text = self._apply(plain, tools, prompt=False)
-        ids, offsets = self._tokens(text, add_special_tokens=False)
-        learned = [False] * len(ids)
-        skipped = 0
+        turns, skipped = [], 0
         for number, message in enumerate(messages):
             if message["role"] != "assistant" or message.get("weight") == 0:
                 continue
             prompt = self._apply(plain[:number], tools, prompt=True)
             turn = self._apply(plain[: number + 1], tools, prompt=False)
-            if not (text.startswith(turn) and turn.startswith(prompt) and len(turn) > len(prompt)):
+            if text.startswith(turn) and turn.startswith(prompt) and len(turn) > len(prompt):
+                turns.append((len(prompt), len(turn)))
+            else:
                 skipped += 1
-                continue
-            span = _span(offsets, len(prompt), len(turn))
-            end = next((place for place in reversed(span) if ids[place] in self._stops), None)
-            if end is None:
-                raise Untrainable("the chat template ends an answer by no token at which the engine stops")
-            for place in span[: span.index(end) + 1]:  # after it the engine has stopped
-                learned[place] = True
-        if not any(learned):
+        if not turns:
             raise Untrainable(_why_nothing(messages, skipped))
+        ids, offsets = self._tokens_as_prompted(text, [start for start, _ in turns])
+        learned = [False] * len(ids)
+        for start, end in turns:
+            span = _span(offsets, start, end)
+            stop = next((place for place in reversed(span) if ids[place] in self._stops), None)
+            if stop is None:
+                raise Untrainable("the chat template ends an answer by no token at which the engine stops")
+            for place in span[: span.index(stop) + 1]:  # after it the engine has stopped
+                learned[place] = True
         return Rendered(text, ids, learned, skipped)
 
     def text(self, prompt: str, completion: str) -> Rendered:
@@ -107,7 +110,28 @@ class Template:
         """The conversation as the engine prompts it."""
         return self._apply([_as_the_engine_reads_it(message) for message in messages], tools, prompt=True)
 
-    def _tokens(self, text: str, *, add_special_tokens: bool) -> tuple[list[int], list[tuple[int, int]]]:
+    def _tokens_as_prompted(self, text: str, starts: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
+        """The tokens of `text`, those before each of `starts` being the ones that the engine is prompted with.
+
+        Mostly they are anyway. But a tokenizer may join the prompt's last blanks with the answer's first, or part them
+        because an answer follows (GPT-2's cuts two line breaks in two before a letter): then the text is cut there.
+        """
+        ids, offsets = self._tokens(text)
+        if all(ids[: len(prompt)] == prompt for prompt in (self._tokens(text[:start])[0] for start in starts)):
+            return ids, offsets
+        cut_ids: list[int] = []
+        cut_offsets: list[tuple[int, int]] = []
+        for first, last in pairwise([0, *starts, len(text)]):
+            piece, places = self._tokens(text[first:last])
+            cut_ids += piece
+            cut_offsets += [(first + begin, first + end) for begin, end in places]
+        if self.tokenizer.decode(cut_ids) != self.tokenizer.decode(ids):  # one that adds a blank before every text
+            raise Untrainable(
+                "the answer's beginning melts into one token with the prompt: let it begin without blanks or line breaks"
+            )
+        return cut_ids, cut_offsets
+
+    def _tokens(self, text: str, *, add_special_tokens: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
         encoded = self.tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
         return list(encoded["input_ids"]), list(encoded["offset_mapping"])
 
@@ -123,10 +147,6 @@ class Template:
 
 def _span(offsets: Sequence[tuple[int, int]], start: int, end: int) -> list[int]:
     """The tokens of `text[start:end]`."""
-    if any(first < start < last for first, last in offsets):
-        raise Untrainable(
-            "the answer's beginning melts into one token with the prompt: let it begin without blanks or line breaks"
-        )
     return [place for place, (first, last) in enumerate(offsets) if first >= start and first < last <= end]
 
 

@@ -112,6 +112,7 @@ def _train(job: Job, base: Path, prepared: Prepared, tokenizer: Any, run: Path, 
     base_eval_loss = _recorded(run, "base_eval_loss")
     if prepared.validation and base_eval_loss is None:
         base_eval_loss = float(trainer.evaluate(metric_key_prefix="base")["base_loss"])
+        _require_number(base_eval_loss, 0)
         if args.process_index == 0:
             _record(run, base_eval_loss=base_eval_loss)
     # 4. The steps, the held-out rows again, and the result.
