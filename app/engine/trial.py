@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from app import main as wiring
-from app.domain import Answer, Call, Caller, Endpoint, Weights
+from app.domain import Answer, Call, Caller, Endpoint
 from app.engine.base import Engine, Phase
 from app.errors import AppError, StartRefused
 from app.lifeline import die_with_parent
@@ -78,7 +78,11 @@ async def trial(settings: Settings, adapter: Path | None, questions: list[Questi
 
 async def _ready(engine: Engine) -> None:
     while engine.state.phase is not Phase.READY:
-        if engine.state.restarts or engine.state.phase is Phase.FAILED or engine.state.detail.startswith("start failed"):
+        if (
+            engine.state.restarts
+            or engine.state.phase is Phase.FAILED
+            or engine.state.detail.startswith("start failed")
+        ):
             raise StartRefused(f"the engine does not load them: {engine.state.detail}")
         await asyncio.sleep(0.1)
 

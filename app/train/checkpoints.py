@@ -12,14 +12,14 @@ import shutil
 import zipfile
 from pathlib import Path
 
-from app.weights.durable import write_whole
+from app.weights import write_whole
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def newest_whole(folder: Path) -> Path | None:
     found = sorted(_in(folder), key=_step, reverse=True)
-    return next((each for each in found if not (why := why_broken(each))), None)
+    return next((each for each in found if not why_broken(each)), None)
 
 
 def remove_broken(folder: Path) -> list[str]:

@@ -43,7 +43,7 @@ def _as_option(name: str) -> inspect.Parameter:
         kind = str
     if not field.is_required() and field.get_default(call_default_factory=True, validated_data={}) not in (None, {}):
         help_text += f" [default: {field.default}]"
-    annotation = Annotated[kind | None, typer.Option(help=help_text)]  # type: ignore[operator, valid-type]
+    annotation = Annotated[kind | None, typer.Option(help=help_text)]  # type: ignore[valid-type]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
@@ -60,7 +60,9 @@ def _with_settings_as_options(command: Callable[..., None]) -> Callable[..., Non
 @_with_settings_as_options
 def run(
     file: Annotated[Path | None, typer.Argument(help="A TOML file with the job's settings; flags win over it.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Publish although the gate is closed; it is recorded.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Publish although the gate is closed; it is recorded.")
+    ] = False,
     **flags: Any,
 ) -> None:
     """Train and publish. Killed, it goes on from the last whole checkpoint when the same command is given again."""
@@ -90,7 +92,7 @@ def check(
     file: Annotated[Path, typer.Argument(help="The rows (JSONL), or a job's TOML file.")],
     **flags: Any,
 ) -> None:
-    """Validate every line, count, look for repeats and leaks, estimate, and show two rows as the engine will see them."""
+    """Validate every line, count, find repeats and leaks, estimate, and show two rows as the engine will see them."""
     given = _decoded(flags)
     if file.suffix == ".toml":
         job, _ = config.load(file, **given)
@@ -119,7 +121,9 @@ def _decoded(flags: dict[str, Any]) -> dict[str, Any]:
 def _require_the_packages() -> None:
     from importlib.util import find_spec
 
-    missing = [name for name in ("torch", "transformers", "trl", "peft", "datasets", "matplotlib") if not find_spec(name)]
+    missing = [
+        name for name in ("torch", "transformers", "trl", "peft", "datasets", "matplotlib") if not find_spec(name)
+    ]
     if missing:
         raise StartRefused(
             f"{', '.join(missing)} is not installed: run `python3 deploy/install.py --for finetune`, "

@@ -180,9 +180,11 @@ def _row(number: int, line: bytes, pairs: Pairs) -> Row:
     except UnicodeDecodeError as error:
         raise ValueError("is not UTF-8: save the file as UTF-8") from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"is no JSON ({error.msg} at column {error.colno}): one object per line, no commas between") from error
+        raise ValueError(
+            f"is no JSON ({error.msg} at column {error.colno}): one object per line, no commas between"
+        ) from error
     if not isinstance(given, dict):
-        raise ValueError('is no object: write {"messages": [...]}')
+        raise ValueError('is no object: write {"messages": [...]}')  # noqa: TRY004  # a line's mistakes are ValueErrors
     if "prompt" in given or "completion" in given:
         return _pair(number, PairRow.model_validate(given), pairs)
     row = ChatRow.model_validate(given)
@@ -206,11 +208,7 @@ def _dumped(messages: Iterable[Message]) -> tuple[dict[str, Any], ...]:
     return tuple(message.model_dump(exclude_none=True) for message in messages)
 
 
-_FIELDS = {
-    name
-    for model in (ChatRow, PairRow, Message, ToolCall, Function, Part)
-    for name in model.model_fields
-}
+_FIELDS = {name for model in (ChatRow, PairRow, Message, ToolCall, Function, Part) for name in model.model_fields}
 
 
 def _in_words(error: ValueError) -> str:
@@ -220,7 +218,11 @@ def _in_words(error: ValueError) -> str:
     # Of the shapes that a field may have, the one that went deepest is the one that was meant.
     first = max(error.errors(include_url=False), key=lambda each: (each["type"] == "extra_forbidden", len(each["loc"])))
     # Names of the union's branches ("str", "list[Part]") are ours, not the user's.
-    path = [str(part) for part in first["loc"] if isinstance(part, int) or str(part) in _FIELDS or first["type"] == "extra_forbidden"]
+    path = [
+        str(part)
+        for part in first["loc"]
+        if isinstance(part, int) or str(part) in _FIELDS or first["type"] == "extra_forbidden"
+    ]
     where = ".".join(path)
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":

@@ -36,7 +36,7 @@ def _copy_adapter(final: Path, out: Path, base_name: str) -> None:
 
 def _copy_all_but_weights(base: Path, out: Path) -> None:
     for name in files_that_matter(base):
-        if name.endswith(".safetensors") or name.endswith(".safetensors.index.json"):
+        if name.endswith((".safetensors", ".safetensors.index.json")):
             continue
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(base / name, out / name)

@@ -30,7 +30,8 @@ def reasons_against(
     found = []
     if losses is not None and not losses.tuned <= losses.base * max_loss_ratio:  # NaN is against it too
         found.append(
-            f"held-out loss {losses.tuned:.3f} is above {max_loss_ratio:g} x the base's {losses.base:.3f} (max_loss_ratio)"
+            f"held-out loss {losses.tuned:.3f} is above {max_loss_ratio:g} x the base's {losses.base:.3f} "
+            "(max_loss_ratio)"
         )
     for group, least in min_pass.items():
         if group not in pass_rates:

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 import app
+from app import weights
 from app.domain import Weights
 from app.errors import StartRefused
 from app.settings import DEFAULT_MODEL
@@ -24,8 +25,7 @@ from app.train.prepare import Prepared, in_words, prepare
 from app.train.template import Template
 from app.train.training import Step, Trained, World, prepare_process, train, world
 from app.train.trial import Asked, Trial, trial
-from app.weights import DigestMemo, Manifest, Registry, pull_default, require_weights, resolve
-from app.weights.durable import write_whole
+from app.weights import DigestMemo, Manifest, Registry, pull_default, require_weights, write_whole
 
 Say = Callable[[str], None]
 
@@ -110,7 +110,7 @@ def run(job: Job, home: Path, say: Say, tell: Callable[[Step], None], *, force: 
 def find_base(job: Job, registry: Registry, home: Path, say: Say) -> Weights:
     if job.base == DEFAULT_MODEL and not registry.knows(DEFAULT_MODEL):
         pull_default(registry, say)
-    base = resolve(job.base, registry, DigestMemo(home / "digests.json"), {}, say)
+    base = weights.resolve(job.base, registry, DigestMemo(home / "digests.json"), {}, say)
     require_weights(Path(base.path))
     return base
 
@@ -163,12 +163,13 @@ def evaluate(
         say(f"held-out loss {losses.base:.3f} -> {losses.tuned:.3f}, perplexity {before:.2f} -> {after:.2f}")
     tuned, plain = Trial(), Trial()
     if job.trial:
-        say("trial: the weights are loaded in the engine" + (f" and asked {len(questions)} questions" if questions else ""))
+        say(
+            "trial: the weights are loaded in the engine"
+            + (f" and asked {len(questions)} questions" if questions else "")
+        )
         asked = [Asked(each.id, each.conversation, job.max_answer_tokens) for each in questions]
-        if job.adapter:
-            tuned = trial(Path(base.path), asked, home, adapter=staged)
-        else:
-            tuned = trial(staged, asked, home)
+        model, adapter = (Path(base.path), staged) if job.adapter else (staged, None)
+        tuned = trial(model, asked, home, adapter=adapter)
         if questions:
             plain = _trial_of_base(base, asked, home, say)
     verdicts = _ask_the_judge(questions, (plain.answers, tuned.answers), base, home, say)

@@ -53,7 +53,7 @@ def marked(template: Template, example: Example) -> str:
             shown += template.tokenizer.decode(group) + ("»" if learned else "«")
             group, was_learned = [], learned
         group.append(token)
-    return shown + template.tokenizer.decode(group) + ("«" if was_learned else "")
+    return shown + str(template.tokenizer.decode(group)) + ("«" if was_learned else "")
 
 
 def estimates(job: Job, base: Path, prepared: Prepared) -> Iterator[str]:
@@ -66,7 +66,8 @@ def estimates(job: Job, base: Path, prepared: Prepared) -> Iterator[str]:
     # Forward and backward through the activations cost 4 FLOPs per parameter and token, the weights' own gradients 2.
     flops = (4 if job.method == "lora" else 6) * parameters * tokens_per_step
     seconds = flops / measured_flops_per_s(bfloat16=has_bfloat16(job)) + 0.3
-    yield f"steps: {steps} of {job.batch_size} rows, {math.ceil(steps / prepared.steps_per_epoch(job))} passes over the data"
+    passes = math.ceil(steps / prepared.steps_per_epoch(job))
+    yield f"steps: {steps} of {job.batch_size} rows, {passes} passes over the data"
     yield f"time: about {_duration(steps * seconds)} here, on one process ({seconds:.1f} s a step)"
     yield f"memory: about {memory_bytes(job, base, parameters, lengths[-1]) / GIB:.1f} GiB"
 
@@ -84,8 +85,10 @@ def count_parameters(base: Path) -> int:
 def memory_bytes(job: Job, base: Path, parameters: int, longest: int) -> float:
     """Weights, optimizer (gradient and two moments in float32), logits in float32 twice, activations, libraries."""
     config: dict[str, Any] = json.loads((base / "config.json").read_bytes())
-    vocabulary = config.get("vocab_size", 50_000)
-    hidden, layers = config.get("hidden_size", 1024), config.get("num_hidden_layers", 24)
+    vocabulary, hidden, layers = (
+        int(config.get(name, usual))
+        for name, usual in (("vocab_size", 50_000), ("hidden_size", 1024), ("num_hidden_layers", 24))
+    )
     tokens = longest * (job.micro_batch_size or job.batch_size)
     weights = parameters * (2 if has_bfloat16(job) else 4) if job.method == "lora" else parameters * 16
     adapter = 16 * layers * 7 * 2 * hidden * job.lora_rank if job.method == "lora" else 0

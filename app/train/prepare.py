@@ -105,7 +105,9 @@ def _overlong(job: Job, part: Part, row: Row, rendered: Rendered) -> None:
         return
     length = len(rendered.input_ids)
     if job.overlong == "refuse":
-        raise Untrainable(f"has {length} tokens, max_length is {job.max_length}: shorten it, or set overlong = drop or cut")
+        raise Untrainable(
+            f"has {length} tokens, max_length is {job.max_length}: shorten it, or set overlong = drop or cut"
+        )
     cut = rendered.cut(job.max_length)
     if not any(cut.is_learned):
         raise Untrainable(f"has {length} tokens; cut to max_length = {job.max_length}, every token left is masked")
@@ -134,7 +136,8 @@ def in_words(prepared: Prepared) -> Iterable[str]:
             if lines:
                 yield f"  {what}: {len(lines)}, {_lines(lines)}"
         if part.skipped_turns:
-            yield f"  turns that the template renders otherwise in a longer conversation, not learned: {_lines(part.skipped_turns)}"
+            which = _lines(part.skipped_turns)
+            yield f"  turns that the template renders otherwise in a longer conversation, not learned: {which}"
     repeats = prepared.repeats
     if repeats.duplicates:
         yield f"duplicates: {len(repeats.duplicates)}, {_lines([line for _, line in repeats.duplicates])}"

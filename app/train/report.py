@@ -44,7 +44,9 @@ def draw_loss(metrics: Path, picture: Path) -> None:
     figure.savefig(picture, dpi=130)
 
 
-def write_html(path: Path, title: str, figures: Mapping[str, Any], settings: Mapping[str, str], rows: Sequence[Row]) -> None:
+def write_html(
+    path: Path, title: str, figures: Mapping[str, Any], settings: Mapping[str, str], rows: Sequence[Row]
+) -> None:
     """The page stands alone but for `loss.png` beside it."""
     from jinja2 import Environment, FileSystemLoader
 

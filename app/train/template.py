@@ -23,7 +23,7 @@ IGNORED = -100  # what PyTorch's cross entropy leaves out
 
 
 class Untrainable(ValueError):
-    """Raised when a conversation cannot be rendered, or nothing of it would be learned; the text says how to mend it."""
+    """Raised when a conversation cannot be rendered, or nothing of it would be learned; the text says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,9 @@ class Template:
 
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
         if not tokenizer.is_fast:
-            raise StartRefused(f"{folder} has no tokenizer.json: without one it is not known which text a token stands for")
+            raise StartRefused(
+                f"{folder} has no tokenizer.json: without one it is not known which text a token stands for"
+            )
         return cls(tokenizer, _stops(folder) | {tokenizer.eos_token_id})
 
     @property
@@ -127,7 +129,7 @@ class Template:
             cut_offsets += [(first + begin, first + end) for begin, end in places]
         if self.tokenizer.decode(cut_ids) != self.tokenizer.decode(ids):  # one that adds a blank before every text
             raise Untrainable(
-                "the answer's beginning melts into one token with the prompt: let it begin without blanks or line breaks"
+                "the answer's beginning and the prompt's end share a token: let it begin without blanks or line breaks"
             )
         return cut_ids, cut_offsets
 

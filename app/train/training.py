@@ -1,4 +1,4 @@
-"""The training itself: TRL's SFTTrainer on rows that are tokens already, with checkpoints that a later run goes on from.
+"""The training itself: TRL's SFTTrainer on rows that are tokens already, with checkpoints to go on from.
 
 Every process of a distributed run calls `train`; what is written once is written by the first of them.
 """
@@ -22,6 +22,7 @@ from app.errors import StartRefused
 from app.train.checkpoints import forget_later, newest_whole
 from app.train.config import Job
 from app.train.prepare import Part, Prepared
+from app.weights import write_whole
 
 
 class TrainingFailed(StartRefused):
@@ -93,7 +94,9 @@ def train(job: Job, base: Path, prepared: Prepared, tokenizer: Any, run: Path, t
         return _train(job, base, prepared, tokenizer, run, tell)
 
 
-def _train(job: Job, base: Path, prepared: Prepared, tokenizer: Any, run: Path, tell: Callable[[Step], None]) -> Trained:
+def _train(
+    job: Job, base: Path, prepared: Prepared, tokenizer: Any, run: Path, tell: Callable[[Step], None]
+) -> Trained:
     import torch
 
     began = time.monotonic()
@@ -220,7 +223,9 @@ def as_dataset(part: Part) -> Any:
     from datasets import Dataset
 
     rendered = [example.rendered for example in part.examples]
-    return Dataset.from_dict({"input_ids": [row.input_ids for row in rendered], "labels": [row.labels for row in rendered]})
+    return Dataset.from_dict(
+        {"input_ids": [row.input_ids for row in rendered], "labels": [row.labels for row in rendered]}
+    )
 
 
 def narrator_of(run: Path, tell: Callable[[Step], None], *, is_first: bool) -> Any:
@@ -296,8 +301,6 @@ def _recorded(run: Path, name: str) -> Any:
 
 
 def _record(run: Path, **values: Any) -> None:
-    from app.weights.durable import write_whole
-
     write_whole(run / "base.json", json.dumps(values).encode())
 
 
@@ -311,13 +314,15 @@ def _failures_in_words(run: Path) -> Iterator[None]:
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
         is_full = isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
-        if is_full or any(words in said for words in ("No space left", "file write failed", "failed writing", "File too large")):
+        if is_full or any(
+            words in said for words in ("No space left", "file write failed", "failed writing", "File too large")
+        ):
             raise TrainingFailed(
                 f"the disk of {run} is full: free some space and give the same command again, it goes on from the "
                 f"last whole checkpoint; nothing was published"
             ) from error
         if "out of memory" in said or isinstance(error, MemoryError):
             raise TrainingFailed(
-                "memory is short: set micro_batch_size lower (rows at once), max_length lower, or gradient_checkpointing = true"
+                "memory is short: lower micro_batch_size (rows at once) or max_length, or set gradient_checkpointing"
             ) from error
         raise

@@ -16,7 +16,18 @@ import app
 from app.errors import StartRefused
 
 # What launchers of distributed training set would tell the engine that it is one of several.
-_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "OMP_", "FSDP_")
+_LAUNCHERS = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_",
+    "GROUP_",
+    "ROLE_",
+    "MASTER_",
+    "TORCHELASTIC_",
+    "ACCELERATE_",
+    "OMP_",
+    "FSDP_",
+)
 
 
 @dataclass(frozen=True, slots=True)

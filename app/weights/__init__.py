@@ -1,6 +1,7 @@
 """Weights: which exist, which are current, how they are named by their content, and where they come from."""
 
 from app.weights.digest import DigestMemo, FileDigest, digest_files, files_that_matter, weights_digest
+from app.weights.durable import write_whole
 from app.weights.manifest import BrokenWeights, Manifest, UnknownWeights
 from app.weights.pull import DEFAULT_MODEL, pull_default
 from app.weights.registry import Moved, Problem, Registry, Row
@@ -24,4 +25,5 @@ __all__ = [
     "resolve",
     "sampling_defaults",
     "weights_digest",
+    "write_whole",
 ]

@@ -45,7 +45,9 @@ def test_a_judges_verdict_counts_and_one_that_was_not_given_is_a_no() -> None:
 
 
 def test_a_question_passes_if_all_its_checks_do_and_rates_are_by_group() -> None:
-    both = checks.Question(id="q", group="a", prompt="?", checks=[checks.Check(contains="x"), checks.Check(contains="y")])
+    both = checks.Question(
+        id="q", group="a", prompt="?", checks=[checks.Check(contains="x"), checks.Check(contains="y")]
+    )
     other = both.model_copy(update={"group": "b"})
     judged = [checks.judge(each, answer, {}) for each, answer in ((both, "xy"), (both, "x"), (other, "xy"))]
     assert checks.pass_rates(judged) == {"a": 0.5, "b": 1.0}
@@ -82,7 +84,9 @@ def test_a_line_that_is_no_question_is_refused_by_its_number(tmp_path: Path, lin
         ((2.0, 1.9), {"task": 0.0}, ["held-out loss", "0% of 'task'"]),
     ],
 )
-def test_the_gate_names_each_reason(losses: tuple[float, float] | None, rates: dict[str, float], told: list[str]) -> None:
+def test_the_gate_names_each_reason(
+    losses: tuple[float, float] | None, rates: dict[str, float], told: list[str]
+) -> None:
     given = gate.Losses(*losses) if losses else None
     reasons = gate.reasons_against(given, rates, max_loss_ratio=0.8, min_pass={"task": 0.9})
     assert len(reasons) == len(told)

@@ -35,14 +35,22 @@ def test_paths_in_the_file_are_relative_to_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "flags", "told"),
     [
-        ('name = "bot"\ndata = "d"\nlearning_rat = 1', {}, "learning_rat in .* is no setting; did you mean learning_rate?"),
+        (
+            'name = "bot"\ndata = "d"\nlearning_rat = 1',
+            {},
+            "learning_rat in .* is no setting; did you mean learning_rate?",
+        ),
         ('name = "bot"\ndata = "d"\nepochs = 0', {}, "^epochs: Input should be greater than 0"),
         ('name = "bot"\ndata = "d"', {"epochs": -1.0}, "^--epochs: Input should be greater than 0"),
         ('data = "d"', {}, "^name: Field required"),
         ('name = "../up"\ndata = "d"', {}, "^name: String should match pattern"),
         ('name = "bot"\ndata = "d"\nmethod = "full"\nadapter = true', {}, "adapter needs method = lora"),
         ('name = "bot"\ndata = "d"\nchecks = "c"\ntrial = false', {}, "they need trial = true"),
-        ('name = "bot"\ndata = "d"\nbatch_size = 8\nmicro_batch_size = 3', {}, "must be a multiple of micro_batch_size"),
+        (
+            'name = "bot"\ndata = "d"\nbatch_size = 8\nmicro_batch_size = 3',
+            {},
+            "must be a multiple of micro_batch_size",
+        ),
         ('name = "bot"\ndata = "d"\nmin_pass = { task = 0.9 }', {}, "min_pass needs checks"),
         ("name = ", {}, "cannot be read"),
     ],

@@ -43,7 +43,12 @@ GOOD = {"role": "assistant", "content": "hello"}
             "tool_call_id '9' answers no tool call before it",
         ),
         (
-            {"messages": [USER, {"role": "assistant", "tool_calls": [CALL | {"function": {"name": "f", "arguments": "{"}}]}]},
+            {
+                "messages": [
+                    USER,
+                    {"role": "assistant", "tool_calls": [CALL | {"function": {"name": "f", "arguments": "{"}}]},
+                ]
+            },
             "messages.1.tool_calls.0.function.arguments: must be a JSON object as a string",
         ),
         ({"prompt": "x"}, "completion: is missing"),
@@ -92,7 +97,9 @@ def test_repeats_and_contradictions_are_found_whatever_the_case_and_the_blanks(t
     assert repeats.contradictions == ((1, 2),)
 
 
-def test_held_out_prompts_that_are_trained_on_are_refused_by_line(tmp_path: Path, template: Template, tiny: Path) -> None:
+def test_held_out_prompts_that_are_trained_on_are_refused_by_line(
+    tmp_path: Path, template: Template, tiny: Path
+) -> None:
     job = make_job(tmp_path, tiny)
     write(tmp_path / "validation.jsonl", [chat(("user", "what is  3 AND 3?"), ("assistant", "6"))])
     with pytest.raises(StartRefused, match=r"1 held-out prompts are in the training data: lines 1 \(as line 4\)"):
@@ -121,15 +128,19 @@ def test_rows_that_are_too_long_are_dropped_cut_or_refused_and_named(
     assert (dropped.dropped, dropped.cut, len(dropped.examples)) == ([4], [], 5)
     cut = prepare(job.model_copy(update={"overlong": "cut"}), template).train
     assert (cut.dropped, cut.cut, cut.lengths[-1]) == ([], [4], 128)
-    with pytest.raises(StartRefused, match="line 4: has 2.. tokens, max_length is 128"):
+    with pytest.raises(StartRefused, match=r"line 4: has 2.. tokens, max_length is 128"):
         prepare(job.model_copy(update={"overlong": "refuse"}), template)
 
 
-def test_a_row_cut_so_that_every_token_left_is_masked_is_an_error(tmp_path: Path, template: Template, tiny: Path) -> None:
+def test_a_row_cut_so_that_every_token_left_is_masked_is_an_error(
+    tmp_path: Path, template: Template, tiny: Path
+) -> None:
     """TRL alone would drop it in silence, or learn nothing from it."""
     long = [*rows(3), chat(("user", "word " * 200), ("assistant", "yes"))]
     job = make_job(tmp_path, tiny, data=write(tmp_path / "d.jsonl", long), overlong="cut")
-    with pytest.raises(StartRefused, match="line 4: has 2.. tokens; cut to max_length = 128, every token left is masked"):
+    with pytest.raises(
+        StartRefused, match=r"line 4: has 2.. tokens; cut to max_length = 128, every token left is masked"
+    ):
         prepare(job, template)
 
 
