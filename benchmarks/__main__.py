@@ -1,4 +1,4 @@
-"""`python -m benchmarks [hits|misses|start|all] [--quick] [--rounds N] [--save]`: see LOG.md for what was found."""
+"""`python -m benchmarks [hits|misses|start|train|all] [--quick] [--rounds N] [--save]`: see LOG.md for what was found."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 
 from benchmarks.servers import prepare_process
 
-BENCHMARKS = ("hits", "misses", "start")
+BENCHMARKS = ("hits", "misses", "start", "train")
 
 
 def main() -> None:
