@@ -1,4 +1,4 @@
-"""`python -m benchmarks [hits|misses|start|train|all] [--quick] [--rounds N] [--save]`: see LOG.md for what was found."""
+"""`python -m benchmarks [hits|misses|start|train|all] [--quick] [--rounds N] [--save]`: LOG.md has what was found."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,10 @@ def _refrain(model: Path, steps: int, scratch: Path) -> list[float]:
     from app.train.config import load
     from app.train.prepare import prepare
     from app.train.template import Template
-    from app.train.training import prepare_process, train
+    from app.train.training import hush, prepare_process, train
 
     prepare_process()
+    hush()
     told = {"batch_size": BATCH, "lora_rank": RANK, "learning_rate": RATE, "seed": SEED, "max_steps": steps}
     job, _ = load(None, name="bench", data=DATA, validation_share=0.0, checkpoint_steps=1000, **told)
     template = Template.of(model)
@@ -123,7 +125,7 @@ def _plain_trl(model: Path, steps: int, scratch: Path) -> list[float]:
 def main() -> None:
     name, model, steps, scratch = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
     ends = (_refrain if name == "refrain" else _plain_trl)(model, steps, scratch)
-    between = sorted(after - before for before, after in zip(ends, ends[1:], strict=False))
+    between = sorted(after - before for before, after in pairwise(ends))
     last = json.loads((scratch / "metrics.jsonl").read_text().splitlines()[-1])
     found = {
         "step_s": between[len(between) // 2],

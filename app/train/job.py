@@ -23,7 +23,7 @@ from app.train.checkpoints import remove_broken
 from app.train.config import Job
 from app.train.prepare import Prepared, in_words, prepare
 from app.train.template import Template
-from app.train.training import Step, Trained, World, prepare_process, train, world
+from app.train.training import Step, Trained, World, hush, prepare_process, train, world
 from app.train.trial import Asked, Trial, trial
 from app.weights import DigestMemo, Manifest, Registry, pull_default, require_weights, write_whole
 
@@ -63,6 +63,7 @@ def run(job: Job, home: Path, say: Say, tell: Callable[[Step], None], *, force: 
     """
     began, me = time.monotonic(), world()
     prepare_process()
+    hush()
     registry = Registry(home / "weights")
     # 1. What to begin from, and what to learn: everything that can be refused is refused here.
     base = find_base(job, registry, home, say)

@@ -100,7 +100,6 @@ def _train(
     import torch
 
     began = time.monotonic()
-    _hush()
     # 1. From where.
     checkpoint = newest_whole(run / "checkpoints")
     resumed_from = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
@@ -285,7 +284,7 @@ def _peak_memory(torch: Any) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _hush() -> None:
+def hush() -> None:
     """What our own lines say better."""
     import datasets
     import transformers
