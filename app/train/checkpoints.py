@@ -68,18 +68,21 @@ def _is_whole_archive(path: Path) -> bool:
         return False
 
 
-def forget_later(metrics: Path, step: int) -> None:
-    """Drop the lines of steps that will be done again, and a last one that was torn."""
+def forget_later(metrics: Path, step: int) -> float:
+    """Drop the lines of steps that will be done again, and a last torn one; returns the seconds spent so far."""
     if not metrics.exists():
-        return
-    kept = []
+        return 0.0
+    kept, spent_s = [], 0.0
     for line in metrics.read_bytes().splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            entry = json.loads(line)
+            if entry["step"] <= step:
                 kept.append(line + b"\n")
+                spent_s = float(entry["spent_s"])
         except (ValueError, KeyError):
             continue
     write_whole(metrics, b"".join(kept))
+    return spent_s
 
 
 def _in(folder: Path) -> list[Path]:

@@ -103,12 +103,11 @@ def _train(
     # 1. From where.
     checkpoint = newest_whole(run / "checkpoints")
     resumed_from = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-    if world().is_first:
-        forget_later(run / "metrics.jsonl", resumed_from)
+    spent_s = forget_later(run / "metrics.jsonl", resumed_from) if world().is_first else 0.0
     # 2. What computes, in what.
     args = arguments(job, run, has_validation=prepared.validation is not None)
     trainer = make_trainer(job, args, base, prepared, tokenizer)
-    narrator = narrator_of(run, tell, is_first=args.process_index == 0)
+    narrator = narrator_of(run, tell, began - spent_s, is_first=args.process_index == 0)
     trainer.add_callback(narrator)
     # 3. The base on the held-out rows, before anything is learned: an adapter begins as nothing.
     base_eval_loss = _recorded(run, "base_eval_loss")
@@ -119,7 +118,7 @@ def _train(
             _record(run, base_eval_loss=base_eval_loss)
     # 4. The steps, the held-out rows again, and the result.
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    eval_loss = float(trainer.evaluate()["eval_loss"]) if prepared.validation else None
+    eval_loss = _final_eval_loss(job, trainer) if prepared.validation else None
     _require_number(eval_loss, trainer.state.global_step)
     trainer.save_model(str(run / "final"))
     trainer.accelerator.wait_for_everyone()
@@ -128,11 +127,21 @@ def _train(
         loss=narrator.last_loss if narrator.last_loss is not None else float(result.training_loss),
         base_eval_loss=base_eval_loss,
         eval_loss=eval_loss,
-        seconds=time.monotonic() - began,
+        seconds=spent_s + time.monotonic() - began,
         peak_memory_bytes=_peak_memory(torch),
         dtype="bfloat16" if args.bf16 else "float32",
         resumed_from=resumed_from,
     )
+
+
+def _final_eval_loss(job: Job, trainer: Any) -> float:
+    """Of the weights that are kept: the best, or those of the last step, which mostly were measured already."""
+    if job.early_stopping and trainer.state.best_metric is not None:
+        return float(trainer.state.best_metric)
+    for entry in reversed(trainer.state.log_history):
+        if "eval_loss" in entry and entry["step"] == trainer.state.global_step:
+            return float(entry["eval_loss"])
+    return float(trainer.evaluate()["eval_loss"])
 
 
 def arguments(job: Job, run: Path, *, has_validation: bool) -> Any:
@@ -227,8 +236,11 @@ def as_dataset(part: Part) -> Any:
     )
 
 
-def narrator_of(run: Path, tell: Callable[[Step], None], *, is_first: bool) -> Any:
-    """A callback that keeps `metrics.jsonl`, tells of each step, and stops at a loss that is no number."""
+def narrator_of(run: Path, tell: Callable[[Step], None], began: float, *, is_first: bool) -> Any:
+    """A callback that keeps `metrics.jsonl`, tells of each step, and stops at a loss that is no number.
+
+    `began` is when the job would have begun, had it never been interrupted: what was spent is counted over all runs.
+    """
     from transformers import TrainerCallback
 
     class Narrator(TrainerCallback):  # type: ignore[misc]
@@ -246,7 +258,8 @@ def narrator_of(run: Path, tell: Callable[[Step], None], *, is_first: bool) -> A
             if not is_first:
                 return
             with (run / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps({"step": step.number, "at": round(time.time(), 2)} | logs) + "\n")
+                spent_s = round(time.monotonic() - began, 2)
+                file.write(json.dumps({"step": step.number, "spent_s": spent_s} | logs) + "\n")
             tell(step)
 
     return Narrator()

@@ -144,6 +144,16 @@ def test_packed_rows_do_not_see_each_other(tiny: Path, tmp_path: Path) -> None:
     assert losses(packed.folder)[1] == pytest.approx(losses(batch.folder)[1], abs=1e-3)
 
 
+def test_early_stopping_ends_where_the_held_out_loss_rises_and_keeps_the_best(tiny: Path, tmp_path: Path) -> None:
+    job = make_job(tmp_path / "d", tiny, early_stopping=1, learning_rate=1.0, max_steps=40, warmup_steps=4)
+    outcome = run(job, tmp_path)
+    lines = [json.loads(line) for line in (outcome.folder / "metrics.jsonl").read_text().splitlines()]
+    measured = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    assert len(measured) < 20
+    assert measured[-1] > min(measured)
+    assert outcome.manifest.metrics["eval_loss"] == pytest.approx(min(measured))
+
+
 # --- what is refused
 
 
@@ -228,6 +238,9 @@ def test_killed_in_training_the_same_command_goes_on_and_ends_with_the_same_loss
     assert after == pytest.approx(undisturbed, abs=NOISE)
     assert outcome.manifest.metrics["eval_loss"] == pytest.approx(whole[1].manifest.metrics["eval_loss"], abs=NOISE)
     assert registry.verify("bot", outcome.manifest.digest) == ()
+    spent = [json.loads(line)["spent_s"] for line in (outcome.folder / "metrics.jsonl").read_text().splitlines()]
+    assert spent == sorted(spent), "seconds are counted over both runs"
+    assert outcome.manifest.metrics["device_seconds"] >= spent[-1]
 
 
 @pytest.fixture
