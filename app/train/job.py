@@ -164,19 +164,19 @@ def evaluate(
         say(f"held-out loss {losses.base:.3f} -> {losses.tuned:.3f}, perplexity {before:.2f} -> {after:.2f}")
     tuned, plain = Trial(), Trial()
     if job.trial:
-        say(
-            "trial: the weights are loaded in the engine"
-            + (f" and asked {len(questions)} questions" if questions else "")
-        )
-        asked = [Asked(each.id, each.conversation, job.max_answer_tokens) for each in questions]
+        # Several questions may be about one answer: it is asked for once.
+        conversations = {_digest(each.conversation): each.conversation for each in questions}
+        asked = [Asked(key, each, job.max_answer_tokens) for key, each in conversations.items()]
+        say("trial: the weights are loaded in the engine" + (f" and asked {len(asked)} questions" if asked else ""))
         model, adapter = (Path(base.path), staged) if job.adapter else (staged, None)
         tuned = trial(model, asked, home, adapter=adapter)
         if questions:
             plain = _trial_of_base(base, asked, home, say)
-    verdicts = _ask_the_judge(questions, (plain.answers, tuned.answers), base, home, say)
+    both = [{each.id: said.answers[_digest(each.conversation)] for each in questions} for said in (plain, tuned)]
+    verdicts = _ask_the_judge(questions, both, base, home, say)
     before_judged, after_judged = (
         tuple(checks.judge(each, answers[each.id], said) for each in questions)
-        for answers, said in zip((plain.answers, tuned.answers), verdicts, strict=True)
+        for answers, said in zip(both, verdicts, strict=True)
     )
     rates = checks.pass_rates(after_judged)
     for group, rate in checks.pass_rates(before_judged).items():

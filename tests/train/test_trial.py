@@ -16,6 +16,7 @@ from .conftest import make_job, write
 
 QUESTIONS = [
     {"id": "a", "group": "any", "prompt": "What is 7 and 7?", "checks": [{"regex": r"\S"}]},
+    {"id": "judged", "group": "judged", "prompt": "What is 7 and 7?", "checks": [{"judge": "it is right"}]},
     {"id": "b", "group": "none", "prompt": "What is 8 and 8?", "checks": [{"equals": "what no model says"}]},
 ]
 
@@ -35,10 +36,13 @@ def test_both_models_answer_the_questions_in_the_engine_and_the_gate_counts(tiny
     outcome = jobs.run(again, tmp_path, told.append, lambda step: None)
     assert outcome is not None
     assert sum("the base is asked" in line for line in told) == 1
+    assert sum("the base judges 2 answers" in line for line in told) == 2
+    assert "asked 2 questions" in "\n".join(told), "two questions about one answer: it is asked for once"
     metrics = outcome.manifest.metrics
     assert (metrics["passed.any"], metrics["passed.none"], metrics["base_passed.any"]) == (1.0, 0.0, 1.0)
+    assert metrics["passed.judged"] == 0.0, "a model of random words says no yes"
     answers = json.loads((outcome.folder / "answers.json").read_text())
-    assert [each["question"] for each in answers] == ["What is 7 and 7?", "What is 8 and 8?"]
+    assert [each["question"] for each in answers] == ["What is 7 and 7?"] * 2 + ["What is 8 and 8?"]
     assert all(each["before"] and each["after"] for each in answers)
     assert answers[0]["before"] != answers[0]["after"]
     assert registry.current("bot") == outcome.manifest.digest
