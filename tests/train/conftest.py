@@ -35,7 +35,7 @@ def template(smollm: Path) -> Template:
 
 @pytest.fixture(scope="session")
 def tiny(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of 6 million random parameters; its answers make no sense, and its loss falls like any other's."""
+    """A Llama of 12 million random parameters: its answers make no sense, and its loss falls like any other's."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -43,7 +43,7 @@ def tiny(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(1)
     size = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
     shape = LlamaConfig(
-        vocab_size=49152, max_position_embeddings=512, tie_word_embeddings=True, num_key_value_heads=1, **size
+        vocab_size=49152, max_position_embeddings=512, tie_word_embeddings=False, num_key_value_heads=1, **size
     )
     shape.bos_token_id, shape.eos_token_id, shape.pad_token_id = 1, 2, 2
     LlamaForCausalLM(shape).to(torch.bfloat16).save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Training on real parts, a model of 6 million parameters: it publishes, it survives, it refuses."""
+"""Training on real parts, a model of 12 million parameters: it publishes, it survives, it refuses."""
 
 from __future__ import annotations
 
@@ -137,15 +137,16 @@ def test_a_full_fine_tune_changes_every_layer(tiny: Path, tmp_path: Path) -> Non
 
 
 def test_packed_rows_do_not_see_each_other(tiny: Path, tmp_path: Path) -> None:
-    """All 16 rows in one sequence have the loss of 16 rows in one batch."""
-    job = {"max_steps": 1, "warmup_steps": 0, "dtype": "float32", "max_length": 2048, "validation_share": 0.0}
-    batch = run(make_job(tmp_path / "d", tiny, batch_size=16, **job), tmp_path / "a")
+    """All 8 rows in one sequence have the loss of 8 rows in one batch."""
+    data = write(tmp_path / "rows.jsonl", rows(8))
+    job = {"data": data, "max_steps": 1, "warmup_steps": 0, "dtype": "float32", "max_length": 512}
+    batch = run(make_job(tmp_path / "d", tiny, batch_size=8, **job), tmp_path / "a")
     packed = run(make_job(tmp_path / "d", tiny, batch_size=1, packing=True, **job), tmp_path / "b")
     assert losses(packed.folder)[1] == pytest.approx(losses(batch.folder)[1], abs=1e-3)
 
 
 def test_early_stopping_ends_where_the_held_out_loss_rises_and_keeps_the_best(tiny: Path, tmp_path: Path) -> None:
-    job = make_job(tmp_path / "d", tiny, early_stopping=1, learning_rate=1.0, max_steps=40, warmup_steps=4)
+    job = make_job(tmp_path / "d", tiny, early_stopping=1, learning_rate=3.0, max_steps=40, warmup_steps=2)
     outcome = run(job, tmp_path)
     lines = [json.loads(line) for line in (outcome.folder / "metrics.jsonl").read_text().splitlines()]
     measured = [line["eval_loss"] for line in lines if "eval_loss" in line]
