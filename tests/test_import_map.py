@@ -136,7 +136,7 @@ VENDORS: dict[str, set[str]] = {
     "rich": {"app.__main__", "app.train.cli"},
     "huggingface_hub": {"app.weights.resolve"},
     "pydantic_settings": {"app.settings"},
-    "filelock": {"app.gate", "app.weights"},
+    "filelock": {"app.gate", "app.train.job", "app.weights"},
     "jsonschema": {"app.engine.schema", "app.train.checks"},
 }
 # Imported by nobody at the top of a module, so that `refrain --help`, hits and the docs never wait for them.

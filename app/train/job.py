@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from app.settings import DEFAULT_MODEL
 from app.train import checks, gate, report
 from app.train.checkpoints import remove_broken
 from app.train.config import Job
+from app.train.export import export
 from app.train.prepare import Prepared, in_words, prepare
 from app.train.template import Template
 from app.train.training import Step, Trained, World, hush, prepare_process, train, world
@@ -74,34 +76,33 @@ def run(job: Job, home: Path, say: Say, tell: Callable[[Step], None], *, force: 
         say(line)
     # 2. Where it happens: the same base, data and settings are the same run, whose checkpoints are found again.
     folder = run_folder(job, home, base, prepared)
-    trained = _trained(folder)
-    if trained is None:
-        if me.is_first:
-            for line in remove_broken(folder / "checkpoints"):
-                say(f"left out: {line}")
-        # 3. Training.
-        trained = train(job, Path(base.path), prepared, template.tokenizer, folder, tell)
-        _leave_the_others(me)
-        if me.is_first:
-            write_whole(folder / "trained.json", msgspec.json.encode(trained))
-    if not me.is_first:
-        return None
-    say(f"trained: {trained.steps} steps in {trained.seconds:.0f} s, loss {trained.loss:.3f}; {folder}")
-    with registry.stage(job.name) as staged:
-        # 4. What will be served, in the registry but not visible there.
-        from app.train.export import export
-
-        export(job, Path(base.path), folder / "final", staged, base.short)
-        # 5. Against the base, in the engine that will serve it.
-        evaluation = evaluate(job, home, base, staged, trained, questions, say)
-        # 6. The gate.
-        write_report(job, folder, base, trained, evaluation)
-        if evaluation.reasons and not force:
-            raise GateClosed(f"not published: {'; '.join(evaluation.reasons)} (--force publishes it all the same)")
-        # 7. Published: visible in one step, then pointed at in another.
-        facts = manifest_facts(job, base, template, prepared, trained, evaluation, me, forced=force)
-        facts["metrics"]["job_s"] = round(time.monotonic() - began, 1)
-        manifest = publish(registry, job, staged, facts)
+    with _alone(folder, me):
+        trained = _trained(folder)
+        if trained is None:
+            if me.is_first:
+                for line in remove_broken(folder / "checkpoints"):
+                    say(f"left out: {line}")
+            # 3. Training.
+            trained = train(job, Path(base.path), prepared, template.tokenizer, folder, tell)
+            _leave_the_others(me)
+            if me.is_first:
+                write_whole(folder / "trained.json", msgspec.json.encode(trained))
+        if not me.is_first:
+            return None
+        say(f"trained: {trained.steps} steps in {trained.seconds:.0f} s, loss {trained.loss:.3f}; {folder}")
+        with registry.stage(job.name) as staged:
+            # 4. What will be served, in the registry but not visible there.
+            export(job, Path(base.path), folder / "final", staged, base.short)
+            # 5. Against the base, in the engine that will serve it.
+            evaluation = evaluate(job, home, base, staged, trained, questions, say)
+            # 6. The gate.
+            write_report(job, folder, base, trained, evaluation)
+            if evaluation.reasons and not force:
+                raise GateClosed(f"not published: {'; '.join(evaluation.reasons)} (--force publishes it all the same)")
+            # 7. Published: visible in one step, then pointed at in another.
+            facts = manifest_facts(job, base, template, prepared, trained, evaluation, me, forced=force)
+            facts["metrics"]["job_s"] = round(time.monotonic() - began, 1)
+            manifest = publish(registry, job, staged, facts)
     return Outcome(manifest, folder, evaluation)
 
 
@@ -123,6 +124,22 @@ def run_folder(job: Job, home: Path, base: Weights, prepared: Prepared) -> Path:
     folder = (job.runs or home / "train") / job.name / job.run_id(base.digest, data)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@contextmanager
+def _alone(folder: Path, me: World) -> Iterator[None]:
+    """Two jobs of one run would write each other's checkpoints; the lock ends with the process, however that ends."""
+    from filelock import FileLock, Timeout
+
+    if not me.is_first:
+        yield
+        return
+    try:
+        held = FileLock(folder / ".lock", timeout=0).acquire()
+    except Timeout:
+        raise StartRefused(f"another process is at work on this very job ({folder})") from None
+    with held:
+        yield
 
 
 def _trained(folder: Path) -> Trained | None:

@@ -158,6 +158,16 @@ def test_early_stopping_ends_where_the_held_out_loss_rises_and_keeps_the_best(ti
 # --- what is refused
 
 
+def test_the_same_job_twice_at_once_is_refused(tiny: Path, tmp_path: Path) -> None:
+    job = make_job(tmp_path / "d", tiny, max_steps=2)
+
+    def meanwhile(step: Any) -> None:
+        with pytest.raises(StartRefused, match="another process is at work on this very job"):
+            run(job, tmp_path)
+
+    assert jobs.run(job, tmp_path, lambda line: None, meanwhile)
+
+
 def test_below_the_gate_nothing_is_published_unless_forced_and_then_it_is_recorded(tiny: Path, tmp_path: Path) -> None:
     job = make_job(tmp_path / "d", tiny, max_steps=2, max_loss_ratio=0.01)
     with pytest.raises(jobs.GateClosed, match="not published: held-out loss"):
