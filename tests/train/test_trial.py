@@ -27,16 +27,14 @@ def test_both_models_answer_the_questions_in_the_engine_and_the_gate_counts(tiny
     checks = write(tmp_path / "checks.jsonl", QUESTIONS)
     wanted = {"max_steps": 4, "trial": True, "checks": checks, "max_answer_tokens": 16, "max_loss_ratio": 2.0}
     job = make_job(tmp_path / "d", tiny, min_pass={"any": 1.0, "none": 0.5}, **wanted)
-    with pytest.raises(jobs.GateClosed, match="0% of 'none' passed, 50% are asked for"):
-        jobs.run(job, tmp_path, told.append, lambda step: None)
-    registry = Registry(tmp_path / "weights")
-    assert registry.list() == ()
-    # The base's answers are kept, and so is the training: this run tries the weights again, and publishes.
-    again = job.model_copy(update={"min_pass": {"any": 1.0}})
-    outcome = jobs.run(again, tmp_path, told.append, lambda step: None)
+    outcome = jobs.run(job, tmp_path, told.append, lambda step: None, force=True)
     assert outcome is not None
-    assert sum("the base is asked" in line for line in told) == 1
-    assert sum("the base judges 2 answers" in line for line in told) == 2
+    reason = "0% of 'none' passed, 50% are asked for (min_pass)"
+    assert outcome.manifest.settings["gate"] == {"reasons": [reason], "forced": True}
+    registry = Registry(tmp_path / "weights")
+    kept = tmp_path / "train" / "base-answers"
+    assert len(list(kept.iterdir())) == 1, "the next job on this base need not ask it again"
+    assert sum("the base judges 2 answers" in line for line in told) == 1
     assert "asked 2 questions" in "\n".join(told), "two questions about one answer: it is asked for once"
     metrics = outcome.manifest.metrics
     assert (metrics["passed.any"], metrics["passed.none"], metrics["base_passed.any"]) == (1.0, 0.0, 1.0)
