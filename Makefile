@@ -46,9 +46,9 @@ bench: ## measure hits, misses and peers on this machine; ARGS= goes to the benc
 	@$(SET_UP) --for test
 	@exec $(BIN)/python -m benchmarks $(ARGS)
 
-finetune: ## not in this release
-	@echo "The fine-tuning job is not in this release; serve weights you tuned elsewhere: make serve MODEL=/path/to/model" >&2
-	@exit 1
+finetune: ## train, evaluate, publish, serve and ask the example support bot; CONFIG=job.toml runs a job of yours
+	@$(SET_UP) --for finetune
+	@exec $(BIN)/$(if $(CONFIG),refrain finetune run "$(CONFIG)",python examples/support-bot/run.py) $(ARGS)
 
 clean: ## remove .venv, caches and build output; weights and keys stay
 	rm -rf .venv .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .schemathesis build dist *.egg-info

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from app.errors import AppError, RedisDown, RoomError, StartRefused
 from app.settings import Settings, load, masked, origins
+from app.train.cli import finetune
 
 cli = typer.Typer(
     help="Serve your own fine-tuned model behind the OpenAI API, and never compute the same answer twice.",
@@ -30,6 +31,7 @@ keys = typer.Typer(help="API keys: make, list, revoke.", no_args_is_help=True)
 cli.add_typer(models, name="models")
 cli.add_typer(cache, name="cache")
 cli.add_typer(keys, name="keys")
+cli.add_typer(finetune, name="finetune")
 
 # Results go to standard output; what is said on the way goes to standard error.
 # Without a terminal nothing is cut to its width: scripts and files get every row whole.

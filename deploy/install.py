@@ -30,6 +30,8 @@ TORCH = "2.13.0"  # what gpu.txt locks; on a CPU it is in no lock, since its whe
 PYTHONS = ((3, 11), (3, 14))
 GPU_NODE = Path("/dev/nvidia0")
 STRAYS = ("torchvision", "torchaudio", "torchcodec")
+# Who can test can train, and who can train can serve.
+COVERS = {"serve": ("serve",), "finetune": ("serve", "finetune"), "test": ("serve", "finetune", "test")}
 
 CHECK = """\
 import ctypes, sys
@@ -55,7 +57,7 @@ print(f"vLLM {vllm.__version__}, PyTorch {torch.__version__}")
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="where (default: .venv)")
-    parser.add_argument("--for", dest="purpose", choices=("serve", "test", "lock"), default="serve")
+    parser.add_argument("--for", dest="purpose", choices=("serve", "finetune", "test", "lock"), default="serve")
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="auto looks for an NVIDIA GPU")
     parser.add_argument("--without-project", action="store_true", help="only what Refrain needs, for an image layer")
     parser.add_argument("--quiet", action="store_true", help="say nothing when there is nothing to do")
@@ -193,8 +195,7 @@ class Setup:
             stamp.root, stamp.device, stamp.doing = str(ROOT), self.device, ""
             stamp.write(self.venv)
         if self.with_project and self.purpose != "lock":
-            covered = ("serve", "test") if self.purpose == "test" else ("serve",)
-            stamp.done = {purpose: digest(purpose, self.device) for purpose in covered}
+            stamp.done = {purpose: digest(purpose, self.device) for purpose in COVERS[self.purpose]}
             stamp.write(self.venv)
 
     def _what_is_there(self) -> tuple[Stamp, str]:
@@ -260,7 +261,7 @@ class Setup:
             "See that one of them can be reached (the wheel in a folder and PIP_FIND_LINKS=/that/folder will do), "
             "then run the same command again.",
         )
-        locks = [LOCK / f"{self.device}.txt", *([LOCK / "dev.txt"] if self.purpose == "test" else [])]
+        locks = [LOCK / name for name in lock_names(self.purpose, self.device)]
         lines = [line for path in locks for line in path.read_text().splitlines()]
         count = len({line.split("==")[0] for line in lines if line[:1].isalnum()})
         packages = Step(
@@ -331,13 +332,17 @@ def digest(purpose: str, device: str) -> str:
     import tomllib  # not in the Pythons that main refuses with a clear line
 
     described = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    locks = ["uv.txt", f"{device}.txt", *(["dev.txt"] if purpose == "test" else [])]
+    locks = ["uv.txt", *lock_names(purpose, device)]
     parts = [
         json.dumps([purpose, device, {name: described.get(name) for name in ("project", "build-system")}]).encode(),
         Path(__file__).read_bytes(),
         *((LOCK / name).read_bytes() for name in locks),
     ]
     return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+
+
+def lock_names(purpose: str, device: str) -> list[str]:
+    return [f"{device}.txt", *{"finetune": ["train.txt"], "test": ["train.txt", "dev.txt"]}.get(purpose, [])]
 
 
 def perform(step: Step, line: str, lock_fd: int = -1) -> None:

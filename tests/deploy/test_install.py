@@ -78,17 +78,14 @@ def test_a_finished_set_up_is_not_done_again(
     assert capsys.readouterr().out == ""
 
 
-def test_a_set_up_for_tests_covers_serving_and_not_the_reverse(
+def test_a_set_up_for_tests_covers_training_and_that_covers_serving_and_not_the_reverse(
     install: ModuleType, venv: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    serve, test = install.Setup(venv, "serve", "cpu"), install.Setup(venv, "test", "cpu")
-    fake_steps(install, serve, monkeypatch, packages="true")
-    fake_steps(install, test, monkeypatch, packages="true")
-    serve.run()
-    assert not test.is_done()
-    test.run()
-    assert test.is_done()
-    assert serve.is_done()
+    setups = [install.Setup(venv, purpose, "cpu") for purpose in ("serve", "finetune", "test")]
+    for number, setup in enumerate(setups, 1):
+        fake_steps(install, setup, monkeypatch, packages="true")
+        setup.run()
+        assert [each.is_done() for each in setups] == [True] * number + [False] * (3 - number)
 
 
 @pytest.mark.parametrize("changed", ["cpu.txt", "uv.txt"])
@@ -201,7 +198,11 @@ def test_cpu_and_gpu_take_their_own_lock(install: ModuleType, venv: Path) -> Non
         steps = install.Setup(venv, "test", device).steps()
         assert [step.name for step in steps[:3]] == names
         packages = next(step for step in steps if step.name == "packages").commands[0]
-        assert [Path(word).name for word in packages if word.startswith("-r")] == [f"{device}.txt", "dev.txt"]
+        assert [Path(word).name for word in packages if word.startswith("-r")] == [
+            f"{device}.txt",
+            "train.txt",
+            "dev.txt",
+        ]
 
 
 def test_no_step_lets_a_tool_choose_dependencies(install: ModuleType, venv: Path) -> None:

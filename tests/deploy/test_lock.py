@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCK = ROOT / "deploy" / "lock"
-NAMES = ["cpu", "gpu", "dev", "uv"]
+NAMES = ["cpu", "gpu", "train", "dev", "uv"]
 
 
 @pytest.fixture(scope="module")
@@ -49,17 +49,17 @@ def test_no_lock_names_an_index(name: str) -> None:
 
 def test_nothing_for_cuda_is_locked_for_a_cpu() -> None:
     unwanted = re.compile(r"torch|torchvision|torchaudio|torchcodec|triton|vllm|nvidia-.*|cuda-.*")
-    assert [name for name in pins("cpu") | pins("dev") if unwanted.fullmatch(name)] == []
+    assert [name for name in pins("cpu") | pins("train") | pins("dev") if unwanted.fullmatch(name)] == []
 
 
-@pytest.mark.parametrize(("name", "extra"), [("cpu", "cpu"), ("gpu", "gpu"), ("dev", None)])
+@pytest.mark.parametrize(("name", "extra"), [("cpu", "cpu"), ("gpu", "gpu"), ("train", "train"), ("dev", None)])
 def test_whatever_pyproject_asks_for_is_locked(name: str, extra: str | None) -> None:
     described = tomllib.loads((ROOT / "pyproject.toml").read_text())
     project = described["project"]
     asked = project["dependencies"] + project["optional-dependencies"][extra] if extra else []
-    locked = pins(name)
+    locked = pins(name) if name != "train" else pins("cpu") | pins("train")
     if not extra:
-        asked, locked = described["dependency-groups"]["dev"], pins("cpu") | locked
+        asked, locked = described["dependency-groups"]["dev"], pins("cpu") | pins("train") | locked
     names = {re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0] for requirement in asked}
     assert names - set(locked) == set(), "run `make lock`"
 
@@ -75,9 +75,11 @@ def test_the_installer_and_the_gpu_lock_name_the_same_torch() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
-def test_the_development_tools_change_no_version_of_what_is_served_with(device: str) -> None:
+def test_training_and_the_development_tools_change_no_version_of_what_is_served_with(device: str) -> None:
     served = pins(device)
-    assert {name: versions for name, versions in pins("dev").items() if served.get(name, versions) != versions} == {}
+    for name in ("train", "dev"):
+        assert {each: there for each, there in pins(name).items() if served.get(each, there) != there} == {}
+    assert pins("train").keys() & pins("dev").keys() == set(), "locked twice"
 
 
 def test_the_installer_refuses_the_pythons_that_pyproject_excludes() -> None:

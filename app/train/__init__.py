@@ -1,0 +1,1 @@
+"""The offline job that makes weights: data, training, evaluation, trial, publication."""
