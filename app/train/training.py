@@ -198,13 +198,14 @@ def arguments(job: Job, run: Path, *, has_validation: bool) -> Any:
 def make_trainer(job: Job, args: Any, base: Path, prepared: Prepared, tokenizer: Any) -> Any:
     import torch
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, EarlyStoppingCallback, PrinterCallback
+    from transformers import AutoModelForCausalLM, EarlyStoppingCallback, PrinterCallback, set_seed
     from trl import SFTTrainer
 
     # A frozen base may be rounded; weights that learn are kept in float32 and computed with in bfloat16.
     stored = torch.bfloat16 if args.bf16 and job.method == "lora" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(str(base), dtype=stored, trust_remote_code=False, use_safetensors=True)
     model.config.use_cache = False
+    set_seed(job.seed)  # before the adapter is drawn
     adapter = LoraConfig(
         r=job.lora_rank,
         lora_alpha=job.alpha,
