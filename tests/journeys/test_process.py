@@ -401,6 +401,9 @@ COMMANDS = [
     ("keys", "create"),
     ("keys", "list"),
     ("keys", "revoke"),
+    ("finetune",),
+    ("finetune", "run"),
+    ("finetune", "check"),
 ]
 
 
