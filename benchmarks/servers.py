@@ -227,8 +227,11 @@ def our_engine(model: Weights) -> tuple[list[str], dict[str, str]]:
     """The `vllm serve` command line and environment that give the engine Refrain runs by default."""
     settings = Settings(home=WEIGHTS_HOME)
     flags = vllm.arguments(settings, model)
-    at = flags.index("--model")
-    del flags[at : at + 2]
+    # `vllm serve` has no kernels of ours to choose.
+    for name in ("--model", "--kernel-config"):
+        if name in flags:
+            at = flags.index(name)
+            del flags[at : at + 2]
     return [model.path, *flags], cpu.environment(settings) if cpu.is_cpu() else {}
 
 

@@ -116,7 +116,7 @@ OURS: dict[str, set[str]] = {
     },
     "app.forms": {"app.cache.near", "app.cache.recording", "app.cache.reuse", "app.domain", "app.wire"},
     "app.engine.base": {"app.domain", "app.errors"},
-    "app.engine.preload": {"app.lifeline"},
+    "app.engine.preload": {"app.engine.norms", "app.lifeline"},
     "app.service": {
         "app.forms",
         "app.cache.explain",
@@ -165,8 +165,8 @@ WIRING = {"app.main", "app.__main__", "app.explaining"}
 
 # A vendor -> the modules that may import it. What is not here anybody may (msgspec, pydantic, prometheus_client).
 VENDORS: dict[str, set[str]] = {
-    "vllm": {"app.engine.vllm", "app.engine.preload", "app.api.openapi"},
-    "torch": {"app.weights.convert", "app.weights.shapes", "app.train"},
+    "vllm": {"app.engine.vllm", "app.engine.preload", "app.engine.norms", "app.api.openapi"},
+    "torch": {"app.engine.norms", "app.weights.convert", "app.weights.shapes", "app.train"},
     "transformers": {"app.weights.convert", "app.weights.shapes", "app.train"},
     "trl": {"app.train.training"},
     "peft": {"app.train.training", "app.train.export"},
@@ -196,7 +196,7 @@ VENDORS: dict[str, set[str]] = {
 ONLY_WHEN_NEEDED = {"vllm", "torch", "transformers", "gguf", "tokenizers", "openai", "huggingface_hub"}
 ONLY_WHEN_NEEDED |= {"trl", "peft", "datasets", "matplotlib"}
 # The fork server loads vLLM before anything is asked of it: that is what it is for, and it is guarded by a variable.
-LOADS_AHEAD = {"app.engine.preload"}
+LOADS_AHEAD = {"app.engine.preload", "app.engine.norms"}
 FREE_OF_VENDORS = {
     "app.service",
     "app.forms",

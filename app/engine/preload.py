@@ -36,3 +36,5 @@ if os.environ.get("_REFRAIN_FORKSERVER") == "1":
 
     if current_platform.is_cpu():
         import vllm.v1.worker.cpu_worker  # noqa: F401
+
+        import app.engine.norms  # noqa: F401

@@ -576,6 +576,11 @@ def _prepare_environment(settings: Settings) -> None:
         os.environ.setdefault(name, value)
 
 
+# What `norms.py` registers: named here, since importing it loads vLLM.
+_NORMS = ("rms_norm", "fused_add_rms_norm")
+_NORMS_PROVIDER = "cpu_kernel"
+
+
 def arguments(settings: Settings, weights: Weights) -> list[str]:
     """The `vllm serve` command line that our settings stand for."""
     options: dict[str, Any] = {
@@ -603,6 +608,8 @@ def arguments(settings: Settings, weights: Weights) -> list[str]:
         options["enforce_eager"] = not settings.compile
         if cpu.computes_in_core():
             options["distributed_executor_backend"] = "uni"
+            if not settings.compile:
+                options["kernel_config"] = {"ir_op_priority": {name: [_NORMS_PROVIDER] for name in _NORMS}}
     options |= settings.engine_args
     return [part for name, value in options.items() for part in _argument(name, value)]
 
@@ -626,6 +633,9 @@ def _argument(name: str, value: Any) -> list[str]:
 def _parse(settings: Settings, weights: Weights) -> Any:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    if cpu.is_cpu():
+        import app.engine.norms  # noqa: F401 - the arguments name what it registers
 
     class Parser(FlexibleArgumentParser):  # type: ignore[misc]
         def error(self, message: str) -> Any:
