@@ -25,6 +25,8 @@ from app.settings import Settings
 
 _WORDS = "the cache remembers what the engine said and says it again without a second thought".split()
 
+# So many calls are remembered, the last ones.
+MOST_CALLS = 10_000
 _NOT_SAID = frozenset({"stream", "stream_options", "max_tokens", "max_completion_tokens", "max_output_tokens", "user"})
 
 
@@ -54,7 +56,7 @@ class Script:
 
 
 class ScriptedEngine:
-    """`calls` are all that were ever asked for; in driven mode the test takes each from `asked`."""
+    """`calls` are the last that were asked for; in driven mode the test takes each from `asked`."""
 
     def __init__(
         self,
@@ -104,6 +106,8 @@ class ScriptedEngine:
             raise UnsupportedEndpoint("the served model does not support embeddings")
         refuse_misfits(call.endpoint.value, call.body)
         self.calls.append(call)
+        if len(self.calls) > MOST_CALLS:  # a load test must not fill memory with what nobody will look at
+            del self.calls[: MOST_CALLS // 2]
         script = Script(call)
         if self._is_driven:
             self.asked.put_nowait(script)
