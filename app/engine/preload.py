@@ -25,9 +25,10 @@ def _in_core() -> None:
 # configures logging anew, and that takes `disabled` back.
 logging.getLogger("torch._library.triton").addFilter(lambda _: False)
 
-if os.environ.get("_REFRAIN_FORKSERVER") == "1":
-    # Its own way to notice our end, a pipe, stays open as long as a core does: each core holds a copy.
-    die_with_parent(signal.SIGKILL)
+if server := os.environ.get("_REFRAIN_FORKSERVER"):
+    # Its own way to notice our end, a pipe, stays open as long as a core does: each core holds a copy. The server may
+    # have been killed while this interpreter started: hence its pid, not whoever is the parent by now.
+    die_with_parent(signal.SIGKILL, int(server))
     os.register_at_fork(after_in_child=_in_core)
     import vllm.v1.engine.async_llm
     import vllm.v1.engine.core

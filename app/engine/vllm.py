@@ -525,7 +525,7 @@ def _begin(settings: Settings) -> None:
     """The environment, and the fork server, once per process: it imports vLLM on the other core while we do here."""
     _prepare_environment(settings)
     multiprocessing.set_forkserver_preload(["app.engine.preload"])
-    os.environ["_REFRAIN_FORKSERVER"] = "1"
+    os.environ["_REFRAIN_FORKSERVER"] = str(os.getpid())
     try:
         # It dies with the thread that starts it, hence the main one; that takes a few milliseconds.
         multiprocessing.forkserver.ensure_running()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,7 +22,7 @@ import openai
 import psutil
 import pytest
 
-from tests.conftest import TEST_HOME, Process, start_process, until
+from tests.conftest import REPOSITORY, TEST_HOME, Process, start_process, until
 from tests.engine.conftest import ANEW, CHAT, MODEL, ONLY_CACHED, PATIENCE_S, QUESTION, chat, metric, payloads
 
 pytestmark = pytest.mark.engine
@@ -158,6 +161,19 @@ def test_a_killed_server_leaves_no_process_and_its_successor_has_its_recordings(
     with _client(victim.up(is_ready=False)) as http:
         assert _text(http.post(CHAT, json=chat(), headers=ONLY_CACHED)) == said
     _kill(victim)  # while its engine loads
+
+
+def test_a_fork_server_that_starts_after_its_server_died_ends_at_once() -> None:
+    """Killed 0.1 s after it began, a server left a fork server that loaded vLLM for twenty seconds first."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    program = "import app.engine.preload; print('still here')"
+    environment = os.environ | {"_REFRAIN_FORKSERVER": str(dead.pid)}
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=REPOSITORY, capture_output=True, check=False
+    )
+    assert ended.returncode == -signal.SIGKILL
+    assert ended.stdout == b""
 
 
 def test_sigterm_lets_a_running_stream_finish_and_leaves_no_process(victim: Victim) -> None:
