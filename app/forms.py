@@ -48,7 +48,7 @@ def in_form(recording: Recording, endpoint: Endpoint, *, is_stream: bool) -> lis
         return [recording.head]
     if recording.body:
         return [recording.body]
-    return [dump(wire.fold(endpoint, wire.split(recording.content())))]
+    return [wire.dump(wire.fold(endpoint, wire.split(recording.content())))]
 
 
 def _template(call: Call, recording: Recording, *, with_usage: bool) -> tuple[wire.Template, int]:
@@ -89,7 +89,7 @@ def cut_to_measure(recording: Recording, shape: Shape, rule: Rule) -> Recording:
         document = _body_of(recording)
         tokens = recording.choice_tokens or [recording.completion_tokens]
         fewer = wire.fewer(document, shape.n, tokens, logprobs=shape.logprobs is not None)
-        return recording.with_content(Form.BODY, dump(fewer), b"", b"", completion_tokens=sum(tokens[: shape.n]))
+        return recording.with_content(Form.BODY, wire.dump(fewer), b"", b"", completion_tokens=sum(tokens[: shape.n]))
     return recording
 
 
@@ -137,7 +137,7 @@ def without_token_ids(body: bytes) -> tuple[bytes, list[int] | None]:
             if name in holder:
                 holder[name] = None
     counts = [len(each) for each in ids] if ids and all(isinstance(each, list) for each in ids) else None
-    return dump(document), counts
+    return wire.dump(document), counts
 
 
 # --- a recording -------------------------------------------------------------------------------------
@@ -197,8 +197,3 @@ class Kept:
         else:
             self.events.append(event)
             self.counts.append(tokens)
-
-
-def dump(document: dict[str, Any]) -> bytes:
-    """JSON as vLLM's routes write it."""
-    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()

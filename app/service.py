@@ -66,6 +66,11 @@ class Plan:
     samples: int = 0
 
     @property
+    def is_shared(self) -> bool:
+        """Whether others get what this call gets, and the other way round."""
+        return self.slot is not None and self.may_read and self.may_write
+
+    @property
     def exact(self) -> Slot | None:
         return replace(self.slot, key=self.shape.key(self.slot.key)) if self.slot else None
 
@@ -248,7 +253,7 @@ class Service:
             KeyReused: the key was used with another body. BadCall: it is no key.
         """
         key = await self.claims.claim(call, idempotency_key)
-        if plan.slot is not None and plan.may_read and plan.may_write and not plan.samples:
+        if plan.is_shared and not plan.samples:
             return plan  # its retries get the same as everybody
         slot = Slot(call.caller.tenant, plan.serving.weights.name, key, ttl_s=self._settings.idempotency_ttl_s)
         return replace(plan, slot=slot, shape=Shape(), may_read=True, may_write=True, directives=NONE, samples=0)
@@ -347,7 +352,7 @@ class Service:
                     key = plan.slot.key if plan.slot else None
                     yield Boarding(ride, CacheStatus.SHARED, seat.flight.ticket.weights, key)
                     return
-            if not self._ticket(call, plan).is_shared:
+            if not plan.is_shared:
                 raise lost()
             metrics.child(metrics.resumed, "again").inc()
         plan = await self.up_to_date(call, plan)
@@ -395,11 +400,11 @@ class Service:
 
     def _ticket(self, call: Call, plan: Plan) -> Ticket:
         """Calls that may read and write the same entry share a flight; every other has one of its own."""
-        is_shared = plan.slot is not None and plan.may_read and plan.may_write
+        is_shared, exact = plan.is_shared, plan.exact
         is_recorded = plan.slot is not None and plan.may_write
         is_stream = call.is_streaming or (is_recorded and reads_the_same_streamed(call))
         is_kept = self._settings.stream_resume_s > 0 and is_stream and not plan.directives.no_store
-        key = plan.exact.key if plan.exact is not None and is_shared else secrets.token_hex(32)
+        key = exact.key if exact is not None and is_shared else secrets.token_hex(32)
         shared_by, own = self._owned_by(call.caller)
         owner = shared_by if is_shared else own
         engine = plan.serving.engine
@@ -506,7 +511,7 @@ class Service:
         parts = wire.split_usage(call.endpoint, kept.events)
         recording = self._recording(call, plan, Form.EVENTS, document, parts, began)
         is_counted = plan.shape.is_cuttable and kept.counts[-1] == recording.completion_tokens
-        recording = recording.counting(counts=kept.counts if is_counted else None, body=forms.dump(document))
+        recording = recording.counting(counts=kept.counts if is_counted else None, body=wire.dump(document))
         await self._keep(call, plan, standing, recording)
 
     def _recording(

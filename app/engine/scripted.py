@@ -117,7 +117,7 @@ class ScriptedEngine:
             return Answer(events=self._streamed(call, words, script, timings), timings=timings)
         said = [word async for word in self._counted(words, script, timings)]
         name = _name(call, self._asked(call))
-        return Answer(body=_dump(_body(call, said, name, self._finish)), timings=timings)
+        return Answer(body=wire.dump(_body(call, said, name, self._finish)), timings=timings)
 
     async def _streamed(
         self, call: Call, words: AsyncGenerator[str, None], script: Script, timings: Timings
@@ -294,7 +294,7 @@ def _numbered(endpoint: Endpoint, event: bytes, numbers: Iterator[int]) -> bytes
     if endpoint is not Endpoint.RESPONSES:
         return event
     named, _, data = event.partition(b"data: ")
-    return named + b"data: " + _dump(json.loads(data) | {"sequence_number": next(numbers)}) + b"\n\n"
+    return named + b"data: " + wire.dump(json.loads(data) | {"sequence_number": next(numbers)}) + b"\n\n"
 
 
 def _prompt_tokens(call: Call) -> int:
@@ -304,7 +304,3 @@ def _prompt_tokens(call: Call) -> int:
 
 def _token(word: str) -> int:
     return int.from_bytes(hashlib.sha256(word.encode()).digest()[:2], "big")
-
-
-def _dump(body: dict[str, Any]) -> bytes:
-    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()

@@ -344,18 +344,21 @@ class Flights:
             self._forget(flight)
             return
         self._kept[flight.uid] = flight
-        while sum(kept.size_bytes for kept in self._kept.values()) > self._settings.stream_keep_bytes:
+        while self._kept_bytes() > self._settings.stream_keep_bytes:
             metrics.streams_evicted.inc()
             self._forget(next(iter(self._kept.values())))
-        metrics.streams_kept_bytes.set(sum(kept.size_bytes for kept in self._kept.values()))
+        metrics.streams_kept_bytes.set(self._kept_bytes())
         asyncio.get_running_loop().call_later(self._settings.stream_resume_s, self._forget, flight)
+
+    def _kept_bytes(self) -> int:
+        return sum(kept.size_bytes for kept in self._kept.values())
 
     def _forget(self, flight: Flight) -> None:
         if self._by_uid.get(flight.uid) is flight:
             del self._by_uid[flight.uid]
         if self._kept.get(flight.uid) is flight:
             del self._kept[flight.uid]
-            metrics.streams_kept_bytes.set(sum(kept.size_bytes for kept in self._kept.values()))
+            metrics.streams_kept_bytes.set(self._kept_bytes())
 
     def _spawn(self, work: object, name: str) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.create_task(work, name=name)  # type: ignore[arg-type]

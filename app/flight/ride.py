@@ -48,10 +48,7 @@ class Ride:
             return Answer(events=self._streamed() if is_stream else self._unfolded(), timings=self.timings)
         content = await self.seat.whole()
         self._note_timings()
-        if is_stream:
-            body = json.dumps(wire.fold(self._endpoint, content), ensure_ascii=False, separators=(",", ":")).encode()
-        else:
-            body = content[0]
+        body = wire.dump(wire.fold(self._endpoint, content)) if is_stream else content[0]
         return Answer(body=self._renamed(body), timings=self.timings)
 
     @property
