@@ -31,6 +31,8 @@ from app.engine import Engine, cpu, room_for
 from app.errors import StartRefused
 from app.flight.flights import Flights
 from app.gate.keys import Gate, KeyFile
+from app.gate.limits import defaults
+from app.gate.meter import Meter
 from app.observe.access import AccessLog
 from app.service import Service
 from app.settings import Settings
@@ -68,6 +70,7 @@ def create_app(
     adapters = [find_adapter(settings, name, weights) for name in settings.adapter_names]
     first = engine or make_engine(settings, weights, on_progress, adapters=adapters)
     service = Service(settings, weights, first, Store(settings, link), flights, adapters)
+    meter = Meter(settings, link)
     in_use = InUse(settings.home / "serving")
     swapper = Swapper(service, sources or swap_sources(settings), watch_s=settings.watch_s, tell=in_use.tell)
 
@@ -83,6 +86,7 @@ def create_app(
                 await redis.start()
             stack.push_async_callback(link.close)
             await stack.enter_async_context(service.store.opened())
+            await stack.enter_async_context(meter.opened())
             if engine is None:
                 stack.push_async_callback(end_engines, settings)
             stack.push_async_callback(lambda: service.engine.close())
@@ -97,7 +101,7 @@ def create_app(
         title="Refrain", version=__version__, lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None
     )
     app.state.service = service
-    answering = mount_routes(app, service, gate, settings, swapper)
+    answering = mount_routes(app, service, gate, meter, settings, swapper)
     mount_docs(app)
     app.add_middleware(Edge, direct=answering, access=access)
     return app
@@ -113,7 +117,7 @@ def create_service(settings: Settings, weights: Weights) -> Service:
 
 def open_gate(settings: Settings) -> Gate:
     """The gate that the settings allow; raises StartRefused where an open address has no keys."""
-    gate = Gate(KeyFile(settings.keys_path))
+    gate = Gate(KeyFile(settings.keys_path), defaults(settings))
     if gate.is_open and not settings.is_loopback:
         raise StartRefused(
             f"refusing to serve on {settings.host} without API keys: make one with "

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
 
-from app import forms, wire
+from app import counting, forms, wire
 from app.cache import reuse
 from app.cache.explain import Explanation, explain
 from app.cache.key import cache_key, is_deterministic, why_uncacheable
@@ -36,7 +36,7 @@ from app.cache.reuse import Rule, Shape, reads_the_same_streamed
 from app.cache.store import Slot, Store, age_s, jittered
 from app.domain import CacheStatus, Call, Caller, Endpoint, Form, Reply, Timings, Weights
 from app.engine import Engine, Phase
-from app.errors import AppError, BadCall, Draining, Incomplete, NotCached, NotFound, UnknownModel
+from app.errors import AppError, BadCall, Draining, Incomplete, NotCached, NotFound, PromptTooLong, UnknownModel
 from app.flight.flight import Flight, Ticket, lost
 from app.flight.flights import Flights
 from app.flight.names import Position
@@ -458,7 +458,10 @@ class Service:
         with metrics.in_flight.track_inprogress(), plan.serving.hold():
             is_counted = plan.may_write and forms.counts_choices(call, plan.shape, is_stream=flight.is_stream)
             asked = forms.in_engine_form(call, is_stream=flight.is_stream)
-            answer = await engine.answer(forms.asking_for_token_ids(asked) if is_counted else asked)
+            try:
+                answer = await engine.answer(forms.asking_for_token_ids(asked) if is_counted else asked)
+            except PromptTooLong as error:
+                raise await counting.in_numbers(error, call, plan.serving) from error
             flight.timings = answer.timings
             if answer.body is not None:
                 body, choice_tokens = forms.without_token_ids(answer.body) if is_counted else (answer.body, None)

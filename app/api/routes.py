@@ -32,6 +32,7 @@ from app.errors import (
     UnknownModel,
 )
 from app.gate.keys import Gate
+from app.gate.meter import Meter
 from app.observe import logs, metrics
 from app.service import Service
 from app.serving import Serving
@@ -40,11 +41,11 @@ from app.swap import Swapper
 
 
 def mount_routes(
-    app: FastAPI, service: Service, gate: Gate, settings: Settings, swapper: Swapper
+    app: FastAPI, service: Service, gate: Gate, meter: Meter, settings: Settings, swapper: Swapper
 ) -> dict[str, ASGIApp]:
     """Add every route of the API to the app; those that answer are given back too, by path (see `Edge`)."""
     answering: dict[str, ASGIApp] = {
-        endpoint.value: AnswerRoute(endpoint, service, gate, settings) for endpoint in Endpoint
+        endpoint.value: AnswerRoute(endpoint, service, gate, meter, settings) for endpoint in Endpoint
     }
     for path, route in answering.items():
         app.router.routes.append(Route(path, route, methods=["POST"]))
@@ -74,13 +75,14 @@ def _mount_models(app: FastAPI, service: Service, gate: Gate) -> None:
 
     @app.get("/v1/models")
     async def list_models(request: Request) -> JSONResponse:
-        _caller(request, gate)
-        return JSONResponse({"object": "list", "data": [card(serving) for serving in service.catalog]})
+        limits = _caller(request, gate).limits
+        allowed = [card(serving) for serving in service.catalog if limits.allows(serving.weights.name)]
+        return JSONResponse({"object": "list", "data": allowed})
 
     @app.get("/v1/models/{model_id:path}")
     async def retrieve_model(request: Request, model_id: str) -> JSONResponse:
-        _caller(request, gate)
-        if (serving := service.catalog.of(model_id)) is None:
+        limits = _caller(request, gate).limits
+        if (serving := service.catalog.of(model_id)) is None or not limits.allows(model_id):
             raise UnknownModel(f"the model `{model_id}` does not exist here", param="model")
         return JSONResponse(card(serving))
 
@@ -88,11 +90,11 @@ def _mount_models(app: FastAPI, service: Service, gate: Gate) -> None:
 def _mount_tokens(app: FastAPI, service: Service, gate: Gate, settings: Settings) -> None:
     async def tokens(request: Request) -> JSONResponse:
         path = request.url.path
-        _caller(request, gate, allow_x_api_key=path.startswith("/v1/messages"))
+        limits = _caller(request, gate, allow_x_api_key=path.startswith("/v1/messages")).limits
         body = await read_object(request.scope, request.receive, settings)
         model = body.get("model")
         serving = await service.boarded(model if isinstance(model, str) else None)
-        if serving is None:
+        if serving is None or not limits.allows(serving.weights.name):
             raise UnknownModel(f"the model `{model}` does not exist here", param="model")
         with serving.hold():
             await serving.engine.state.ready(settings.loading_wait_s)
