@@ -11,7 +11,7 @@ AppError                      has a public face: message · status · type · co
 ├─ Busy         (503)         Draining, Loading: come back after `retry_after_s`
 ├─ SwapFailed   (409)         other weights or an adapter could not be served: AdapterFailed
 ├─ NotCached    (504)         only-if-cached, and it is not
-└─ Broken       (5xx)         EngineFailed 500, EngineDown 503, EngineTimedOut 504
+└─ Broken       (5xx)         EngineFailed 500, EngineDown 503, Quarantined 503, EngineTimedOut 504
 RoomError                     never leaves its room: it is turned into behaviour at the door
 ```
 
@@ -187,6 +187,13 @@ class EngineDown(Broken):
 
     status = 503
     code = "engine_down"
+
+
+class Quarantined(Broken):
+    """Raised for a call that the engine died of, so that it does not die of it again."""
+
+    status = 503
+    code = "quarantined"
 
 
 class EngineTimedOut(Broken):

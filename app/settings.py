@@ -45,6 +45,11 @@ class Settings(BaseSettings):
         description="Where weights, keys and run-time files live.",
     )
     drain_s: float = Field(30.0, ge=0, description="How long SIGTERM waits for running answers, in seconds.")
+    drain_delay_s: float = Field(
+        0.0,
+        ge=0,
+        description="How long a server that drains still takes new work: what a balancer needs to look at /readyz.",
+    )
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Largest request body; more is a 413.")
     max_json_depth: int = Field(64, ge=8, le=500, description="Deepest nesting of a request body; more is a 400.")
     body_timeout_s: float = Field(30.0, gt=0, description="Time a client has to send its body; then 408.")
@@ -80,6 +85,17 @@ class Settings(BaseSettings):
     engine: Literal["vllm", "scripted"] = Field("vllm", description="vllm, or scripted: canned text at a fixed rate.")
     loading_wait_s: float = Field(
         60.0, ge=0, description="How long a miss waits for an engine that is still loading; then 503."
+    )
+    engine_hang_s: float = Field(
+        30.0,
+        ge=0,
+        description="How long an engine core with calls may do nothing at all before it is killed; 0: for ever.",
+    )
+    engine_stuck_s: float = Field(
+        600.0, ge=0, description="How long an engine core may compute one step before it is killed; 0: for ever."
+    )
+    quarantine_s: float = Field(
+        600.0, ge=0, description="How long a call that the engine died of twice is refused, in seconds; 0: not."
     )
     dtype: str = Field(
         "auto",

@@ -23,12 +23,14 @@ class Phase(StrEnum):
 
 @dataclass(slots=True)
 class EngineState:
-    """The phase, since when (unix seconds), one line about it for people, and how often it died and was restarted."""
+    """The phase, since when (unix seconds), one line about it for people, how often it died and was restarted, and
+    how many calls it died of are kept out."""
 
     phase: Phase = Phase.LOADING
     since: float = field(default_factory=time.time)
     detail: str = "starting"
     restarts: int = 0
+    quarantined: int = 0
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def become(self, phase: Phase, detail: str = "") -> None:
