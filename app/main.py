@@ -27,10 +27,11 @@ from app.cache.embedded import EmbeddedRedis
 from app.cache.link import Link
 from app.cache.store import Store
 from app.domain import Weights
-from app.engine import Engine, cpu, room_for
+from app.engine import Engine, Meter, cpu, room_for
 from app.errors import StartRefused
 from app.flight.flights import Flights
 from app.gate.keys import Gate, KeyFile
+from app.ledger.ledger import Ledger
 from app.observe.access import AccessLog
 from app.service import Service
 from app.settings import Settings
@@ -66,18 +67,28 @@ def create_app(
     link = Link(settings, url)
     flights = Flights(settings, link, url, is_alone=redis is not None)
     adapters = [find_adapter(settings, name, weights) for name in settings.adapter_names]
-    first = engine or make_engine(settings, weights, on_progress, adapters=adapters)
+    meter = engine.meter if engine else Meter(settings.devices)
+    first = engine or make_engine(settings, weights, on_progress, adapters=adapters, meter=meter)
     service = Service(settings, weights, first, Store(settings, link), flights, adapters)
     in_use = InUse(settings.home / "serving")
-    swapper = Swapper(service, sources or swap_sources(settings), watch_s=settings.watch_s, tell=in_use.tell)
+    swapper = Swapper(
+        service, sources or swap_sources(settings, meter=meter), watch_s=settings.watch_s, tell=in_use.tell
+    )
 
     access = AccessLog(settings.log_format) if settings.access_log else None
+    ledger = Ledger(settings, meter) if settings.ledger else None
+    if ledger is not None:
+        flights.on_rest = lambda ticket, device_s: ledger.note_rest(
+            ticket.caller, ticket.endpoint.value, ticket.weights, device_s
+        )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             if access is not None:
                 await stack.enter_async_context(access)
+            if ledger is not None:  # closed when nothing can be noted any more
+                await stack.enter_async_context(ledger)
             if redis is not None:
                 stack.push_async_callback(redis.close)
                 await redis.start()
@@ -99,7 +110,9 @@ def create_app(
     app.state.service = service
     answering = mount_routes(app, service, gate, settings, swapper)
     mount_docs(app)
-    app.add_middleware(Edge, direct=answering, access=access)
+    app.add_middleware(
+        Edge, direct=answering, access=access, ledger=ledger, text_bytes=settings.ledger_text_bytes if ledger else 0
+    )
     return app
 
 
@@ -197,16 +210,20 @@ def make_engine(
     *,
     adapters: Sequence[Weights] = (),
     is_trial: bool = False,
+    meter: Meter | None = None,
 ) -> Engine:
-    """The engine that the settings name, not started. In a trial nothing vouches for the weights yet."""
+    """The engine that the settings name, not started. In a trial nothing vouches for the weights yet.
+
+    Engines that share devices share a meter.
+    """
     if settings.engine == "scripted":
         from app.engine.scripted import ScriptedEngine
 
-        return ScriptedEngine(settings, weights, adapters=adapters)
+        return ScriptedEngine(settings, weights, adapters=adapters, meter=meter)
     from app.engine.vllm import VllmEngine
 
     check = None if is_trial else Witness(settings.home / "fingerprints").check
-    return VllmEngine(settings, weights, on_progress, check=check, adapters=adapters)
+    return VllmEngine(settings, weights, on_progress, check=check, adapters=adapters, meter=meter)
 
 
 def find_adapter(settings: Settings, name: str, base: Weights) -> Weights:
@@ -214,12 +231,17 @@ def find_adapter(settings: Settings, name: str, base: Weights) -> Weights:
     return resolve_adapter(name, Registry(settings.weights_root), base)
 
 
-def swap_sources(settings: Settings, make: Callable[[Weights, list[Weights]], Engine] | None = None) -> Sources:
+def swap_sources(
+    settings: Settings,
+    make: Callable[[Weights, list[Weights]], Engine] | None = None,
+    *,
+    meter: Meter | None = None,
+) -> Sources:
     """Where a swap takes its weights and engines from."""
     return Sources(
         find=lambda: find_weights(settings, log.info),
         adapter=lambda name, base: find_adapter(settings, name, base),
-        make=make or (lambda weights, adapters: make_engine(settings, weights, adapters=adapters)),
+        make=make or (lambda weights, adapters: make_engine(settings, weights, adapters=adapters, meter=meter)),
         fits=lambda weights: _fits(settings, weights),
         pointer=_pointer(settings),
     )

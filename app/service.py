@@ -350,7 +350,8 @@ class Service:
                     metrics.child(metrics.resumed, "flight").inc()
                     ride = Ride(seat, True, position.wants_usage, call.body, timings)
                     key = plan.slot.key if plan.slot else None
-                    yield Boarding(ride, CacheStatus.SHARED, seat.flight.ticket.weights, key)
+                    with ride.paid():
+                        yield Boarding(ride, CacheStatus.SHARED, seat.flight.ticket.weights, key)
                     return
             if not plan.is_shared:
                 raise lost()
@@ -370,14 +371,15 @@ class Service:
             wants_usage = position.wants_usage if position else call.wants_usage_event
             ride = Ride(seat, call.is_streaming, wants_usage, call.body, timings)
             status = plan.status if seat.is_first else CacheStatus.SHARED
-            yield Boarding(
-                ride,
-                status,
-                plan.serving.weights.short,
-                plan.slot.key if plan.slot else None,
-                alone=lambda: self._alone(call, plan),
-                instead=lambda error: self._instead(call, plan, error),
-            )
+            with ride.paid():
+                yield Boarding(
+                    ride,
+                    status,
+                    plan.serving.weights.short,
+                    plan.slot.key if plan.slot else None,
+                    alone=lambda: self._alone(call, plan),
+                    instead=lambda error: self._instead(call, plan, error),
+                )
             if seat.flight.is_finished and not (seat.is_first and seat.flight.is_led_here):
                 metrics.hits.save(seat.flight.timings.prompt_tokens or 0, seat.flight.timings.completion_tokens or 0)
 
@@ -391,7 +393,8 @@ class Service:
                 raise NotFound("there is no such stream any more; ask again")
             metrics.child(metrics.resumed, "flight").inc()
             ride = Ride(seat, True, position.wants_usage, {}, Timings())
-            yield Boarding(ride, CacheStatus.SHARED, seat.flight.ticket.weights, None)
+            with ride.paid():
+                yield Boarding(ride, CacheStatus.SHARED, seat.flight.ticket.weights, None)
 
     async def _alone(self, call: Call, plan: Plan) -> Reply:
         """A body generated for this call by itself. Raises AppError."""
@@ -416,6 +419,7 @@ class Service:
             is_stream,
             is_shared,
             is_kept,
+            call.caller,
             can_lead=lambda: engine.state.phase is Phase.READY,
             wait=lambda: engine.state.ready(self._settings.loading_wait_s),
         )
@@ -458,8 +462,8 @@ class Service:
         with metrics.in_flight.track_inprogress(), plan.serving.hold():
             is_counted = plan.may_write and forms.counts_choices(call, plan.shape, is_stream=flight.is_stream)
             asked = forms.in_engine_form(call, is_stream=flight.is_stream)
-            answer = await engine.answer(forms.asking_for_token_ids(asked) if is_counted else asked)
-            flight.timings = answer.timings
+            flight.timings = Timings(device_s=flight.timings.device_s, paid_s=flight.timings.paid_s)
+            answer = await engine.answer(forms.asking_for_token_ids(asked) if is_counted else asked, flight.timings)
             if answer.body is not None:
                 body, choice_tokens = forms.without_token_ids(answer.body) if is_counted else (answer.body, None)
                 await self._record_body(call, plan, flight, standing, body, choice_tokens, began)

@@ -25,6 +25,7 @@ from app.domain import CacheStatus, Call, Caller, Endpoint, Reply, Timings
 from app.errors import AppError, BadCall, Broken, Draining, EngineFailed, UnknownModel
 from app.flight.names import Position, position
 from app.gate.keys import Gate
+from app.ledger.record import Record
 from app.observe import logs, metrics
 from app.service import Boarding, Plan, Service
 from app.serving import Catalog
@@ -76,8 +77,13 @@ class AnswerRoute:
         fields["tenant"] = caller.tenant
         if caller.key_id:
             fields["key"] = caller.key_id
+        record: Record = scope["record"]
+        record.tenant, record.key = caller.tenant, caller.key_id or ""
         content = await read(headers, receive, self._settings)
+        if self._settings.ledger_text_bytes:
+            record.request = content[: self._settings.ledger_text_bytes].decode(errors="replace")
         call, plan = self._understood(_Question(caller, self._service.catalog, headers.get(b"cache-control"), content))
+        record.stream, record.weights = call.is_streaming, plan.serving.weights.short
 
         if (idempotency_key := headers.get(b"idempotency-key")) is not None:
             plan = await self._service.claimed(call, plan, idempotency_key.decode("latin-1"))
@@ -90,10 +96,11 @@ class AnswerRoute:
         if reply is not None:
             status, timings = reply.cache, reply.answer.timings
             fields["cache"] = status.value
+            record.note_answer(status.value, reply.weights, timings)
             await _send(reply, send)
         else:
             aboard = self._service.aboard(call, plan, looked_s=time.perf_counter() - looking, position=came_back)
-            status, timings = await answer_aboard(aboard, call.endpoint, self._settings, receive, send)
+            status, timings = await answer_aboard(aboard, call.endpoint, self._settings, receive, send, record)
             fields["cache"] = status.value
         if timings.completion_tokens is not None:
             fields["in"], fields["out"] = timings.prompt_tokens, timings.completion_tokens
@@ -147,8 +154,10 @@ class StreamRoute:
         seen = _position(headers.get(b"last-event-id"))
         if seen is not None and (named is None or seen.stream_id != named.stream_id):
             raise BadCall("Last-Event-ID is no event of this stream", param="Last-Event-ID")
+        record: Record = scope["record"]
+        record.tenant, record.key, record.stream = caller.tenant, caller.key_id or "", True
         aboard = self._service.back_aboard(seen or named, caller)
-        status, _ = await answer_aboard(aboard, None, self._settings, receive, send)
+        status, _ = await answer_aboard(aboard, None, self._settings, receive, send, record)
         scope["refrain"]["cache"] = status.value
 
 
@@ -158,18 +167,21 @@ async def answer_aboard(
     settings: Settings,
     receive: Receive,
     send: Send,
+    record: Record,
 ) -> tuple[CacheStatus, Timings]:
     """Answer a client with the flight that it is on, while it is there. Raises what it raises, before the first byte.
 
-    `endpoint` is known beforehand where the client made the call, and not where it only comes back to it.
+    `endpoint` is known beforehand where the client made the call, and not where it only comes back to it. What came
+    of it is noted in `record`, however it ends.
     """
-    stream = _Stream(send, settings.keep_alive_s, endpoint)
+    stream = _Stream(send, settings.keep_alive_s, endpoint, record)
     work = asyncio.create_task(_answer(aboard, stream, send), name="answer")
     gone = asyncio.create_task(_gone(receive), name="client-gone")
     try:
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
             metrics.left.inc()
+            record.finish = "left"
             log.info("the client left; its generation goes on only where somebody else wants it")
             return stream.status, Timings()
         return stream.status, work.result()
@@ -185,6 +197,7 @@ async def answer_aboard(
         for task in (work, gone):
             task.cancel()
         await asyncio.wait({work, gone})
+        stream.note()
 
 
 async def _answer(aboard: AbstractAsyncContextManager[Boarding], stream: _Stream, send: Send) -> Timings:
@@ -192,13 +205,13 @@ async def _answer(aboard: AbstractAsyncContextManager[Boarding], stream: _Stream
         stream.board(boarding)
         if not boarding.ride.is_streaming:
             reply = await boarding.reply()
-            stream.status = reply.cache
+            stream.answer(reply)
             await _send(reply, send)
             return reply.answer.timings
         async with stream.kept_alive():
             try:
                 reply = await boarding.reply()
-                stream.status = reply.cache
+                stream.answer(reply)
                 assert reply.answer.events is not None  # noqa: S101 - a streaming call
                 async with aclosing(reply.answer.events) as events:  # type: ignore[type-var]
                     await stream.run(reply, events)
@@ -220,8 +233,11 @@ async def _answer(aboard: AbstractAsyncContextManager[Boarding], stream: _Stream
 class _Stream:
     """A response of server-sent events: started late, kept alive, ended by its last event or an error event."""
 
-    def __init__(self, send: Send, keep_alive_s: float, endpoint: Endpoint | None) -> None:
+    def __init__(self, send: Send, keep_alive_s: float, endpoint: Endpoint | None, record: Record) -> None:
         self._send = send
+        self._record = record
+        self._weights = record.weights
+        self._timings: list[Timings] = []
         self._keep_alive_s = keep_alive_s
         self._early_headers: Headers = []
         self._comment_end = b"\n\n"
@@ -233,12 +249,24 @@ class _Stream:
     def board(self, boarding: Boarding) -> None:
         """What is known before the engine has said anything: a stream may have to start with a keep-alive."""
         self.status = boarding.status
+        self._weights, self._timings = boarding.weights, [boarding.ride.timings]
         self._endpoint = boarding.endpoint
         if boarding.ride.has_ids:  # once an event had an id, the official clients take a blank line for an event
             self._comment_end = b"\n"
         self._early_headers = _headers(
             boarding.status, boarding.weights, boarding.key, None, Timings(), b"text/event-stream"
         )
+
+    def answer(self, reply: Reply) -> None:
+        """The answer begins; it may be another than that of the flight that was boarded."""
+        self.status, self._weights = reply.cache, reply.weights
+        if reply.answer.timings is not self._timings[0]:
+            self._timings.append(reply.answer.timings)
+
+    def note(self) -> None:
+        """What was answered, once its flights have been left, since these say what there is to pay."""
+        for timings in self._timings:
+            self._record.note_answer(self.status.value, self._weights, timings)
 
     async def run(self, reply: Reply, events: AsyncIterator[bytes]) -> None:
         """Send the events as they come.
@@ -261,6 +289,7 @@ class _Stream:
 
     async def fail(self, error: AppError) -> None:
         """One error event, and the end: never a silent cut, never a [DONE]."""
+        self._record.finish, self._record.error = "broken", error.code or error.type
         body = json.dumps(error.body(logs.request_id.get()), ensure_ascii=False).encode()
         named = b"event: error\n" if self._endpoint in (Endpoint.MESSAGES, Endpoint.RESPONSES) else b""
         await self._write(named + b"data: " + body + b"\n\n")

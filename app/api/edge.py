@@ -16,6 +16,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.body import ClientLeft
 from app.errors import AppError
+from app.ledger.ledger import Ledger
+from app.ledger.record import Record
 from app.observe import logs, metrics
 from app.observe.access import AccessLog
 
@@ -32,12 +34,25 @@ class Edge:
 
     `direct` are the routes that answer, by path: a POST goes to them past FastAPI's layers and router, which
     would cost a hit more than all the rest of its way. Everything else, refusals included, goes through the app.
+
+    `scope["record"]` is the ledger's record of a call for an answer, which inner layers fill in. A call of nobody we
+    know is not recorded: whoever has no key must not be able to fill the disk. `text_bytes` of a response are.
     """
 
-    def __init__(self, app: ASGIApp, *, direct: dict[str, ASGIApp], access: AccessLog | None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        direct: dict[str, ASGIApp],
+        access: AccessLog | None,
+        ledger: Ledger | None,
+        text_bytes: int = 0,
+    ) -> None:
         self._app = app
         self._direct = direct
         self._access = access
+        self._ledger = ledger
+        self._text_bytes = text_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -47,6 +62,7 @@ class Edge:
         token = logs.request_id.set(request_id)
         fields: dict[str, Any] = {}
         scope["refrain"] = fields
+        record = scope["record"] = Record(id=request_id, endpoint=_endpoint(scope["path"]))
         began = time.perf_counter()
         status = 0
 
@@ -55,28 +71,43 @@ class Edge:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode()), _NO_SNIFFING]
+            elif self._text_bytes and message.get("body"):
+                room = self._text_bytes - len(record.response)
+                record.response += message["body"][:room].decode(errors="replace")
             await send(message)
 
         app = self._direct.get(scope["path"], self._app) if scope["method"] == "POST" else self._app
         try:
             await app(scope, receive, send_with_id)
-        except ClientLeft:
-            pass  # there is nobody to answer
+        except ClientLeft:  # there is nobody to answer
+            record.finish = "left"
         except Exception as error:
+            record.finish = "broken"
             if status:  # too late for another status; the connection ends, which no client takes for an end
                 log.exception("a response broke after it had begun")
                 raise
             if not isinstance(error, AppError):
                 log.exception("unexpected error")
                 error = AppError("the server failed on this request; its log names the reason", code="internal_error")
+            record.error = error.code or error.type
+            if error.status < 500:
+                record.finish = "refused"
             await send_error(error, send_with_id, request_id)
         finally:
             status = status or 499  # nginx's number for a client that left first
             metrics.child(metrics.responses, str(status)).inc()
+            total_s = time.perf_counter() - began
             if self._access is not None and scope["path"] not in _QUIET:
-                ms = (time.perf_counter() - began) * 1000
-                self._access.note(request_id, scope["method"], scope["path"], status, ms, fields)
+                self._access.note(request_id, scope["method"], scope["path"], status, total_s * 1000, fields)
+            if self._ledger is not None and record.tenant:
+                record.status, record.total_s, record.time = status, total_s, time.time()
+                self._ledger.note(record)
             logs.request_id.reset(token)
+
+
+def _endpoint(path: str) -> str:
+    """Without the id that the path of a stream ends in."""
+    return "/v1/streams" if path.startswith("/v1/streams/") else path
 
 
 def _request_id(scope: Scope) -> str:

@@ -32,6 +32,7 @@ from app.errors import (
     UnknownModel,
 )
 from app.gate.keys import Gate
+from app.ledger.sums import Question, moment, summed
 from app.observe import logs, metrics
 from app.service import Service
 from app.serving import Serving
@@ -55,6 +56,7 @@ def mount_routes(
     _mount_health(app, service, swapper)
     _mount_admin(app, service, gate, settings)
     _mount_swaps(app, service, gate, settings, swapper)
+    _mount_usage(app, gate, settings)
     _mount_errors(app)
     return answering
 
@@ -154,6 +156,8 @@ def _mount_health(app: FastAPI, service: Service, swapper: Swapper) -> None:
     async def prometheus() -> Response:
         metrics.engine_ready.set(service.engine.state.phase is Phase.READY)
         metrics.engine_restarts.set(service.engine.state.restarts)
+        metrics.device_seconds.labels("busy").set(service.engine.meter.busy_s)
+        metrics.device_seconds.labels("idle").set(service.engine.meter.idle_s)
         return Response(metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/version")
@@ -189,6 +193,24 @@ def _mount_admin(app: FastAPI, service: Service, gate: Gate, settings: Settings)
             return JSONResponse({"purged": await service.store.purge(model=model, tenant=tenant)})
         except RedisDown:
             raise AppError("redis does not answer", status=503, code="redis_down", retry_after_s=5) from None
+
+
+def _mount_usage(app: FastAPI, gate: Gate, settings: Settings) -> None:
+    one_at_a_time = asyncio.Lock()
+
+    @app.get("/admin/usage")
+    async def usage(
+        request: Request,
+        by: str = "day",
+        since: str | None = None,
+        until: str | None = None,
+        model: str | None = None,
+    ) -> JSONResponse:
+        _admin(request, gate)
+        names = tuple(name.strip() for name in by.split(",") if name.strip())
+        question = Question(names, moment(since), moment(until), model)
+        async with one_at_a_time:  # in a thread: a million records take a second
+            return JSONResponse((await asyncio.to_thread(summed, settings.ledger_root, question)).told())
 
 
 def _mount_swaps(app: FastAPI, service: Service, gate: Gate, settings: Settings, swapper: Swapper) -> None:
