@@ -72,8 +72,8 @@ class Edge:
                 status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode()), _NO_SNIFFING]
             elif self._text_bytes and message.get("body"):
-                room = self._text_bytes - len(record.response)
-                record.response += message["body"][:room].decode(errors="replace")
+                room = self._text_bytes - len(record.response.encode())
+                record.response += message["body"][: max(0, room)].decode(errors="replace")
             await send(message)
 
         app = self._direct.get(scope["path"], self._app) if scope["method"] == "POST" else self._app

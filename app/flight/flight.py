@@ -108,7 +108,7 @@ class Flight:
         await future
 
 
-def due_s(flight: Flight) -> float:
+def settle(flight: Flight) -> float:
     """Device-seconds that the flight used and nobody has paid for yet; who asks pays them."""
     timings = flight.timings
     due, timings.paid_s = timings.device_s - timings.paid_s, timings.device_s
@@ -133,9 +133,9 @@ class Seat:
             self._own = Position(self.flight.uid, self._rider, wants_usage)
         return self._own
 
-    def due_s(self) -> float:
+    def pay(self) -> float:
         """What this client pays when it leaves: the first aboard all that was used by then, the last what is left."""
-        return due_s(self.flight) if self.is_first or self.flight.seats == 1 else 0.0
+        return settle(self.flight) if self.is_first or self.flight.seats == 1 else 0.0
 
     async def opened(self) -> bool:
         """Wait for the first event; whether the flight is a stream, and not one body.

@@ -95,7 +95,7 @@ class Ride:
             yield
         finally:
             self._note_timings()
-            self.timings.paid_s += self.seat.due_s()
+            self.timings.paid_s += self.seat.pay()
 
     def _note_timings(self) -> None:
         """What the flight knows by now; what this client waited for the cache, and pays, is its own."""

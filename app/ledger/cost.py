@@ -85,7 +85,8 @@ def costs(
 def reckon(sums: Sums, trained: Mapping[str, float], own: Prices, other: Prices, *, devices: int = 1) -> Costs:
     """`sums` are by cache and model."""
     total = sums.total
-    days = max(total.last - total.first, LEAST_SPAN_S) / DAY_S
+    first, last = min(total.first, sums.up_from), max(total.last, sums.up_to)
+    days = max(last - first, LEAST_SPAN_S) / DAY_S
     training = [(model, seconds, own.of(device_s=seconds)) for model, seconds in sorted(trained.items())]
     training_cost = sum(cost for _, _, cost in training)
     paid_tokens = own.of(
@@ -96,8 +97,8 @@ def reckon(sums: Sums, trained: Mapping[str, float], own: Prices, other: Prices,
     device_s = max(sums.busy_s, total.device_s) + sums.idle_s
     device_cost = own.of(device_s=device_s) + paid_tokens
     return Costs(
-        first=total.first,
-        last=total.last,
+        first=first,
+        last=last,
         calls=total.calls,
         tokens=total.tokens,
         tokens_per_day=total.tokens / days,

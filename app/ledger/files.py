@@ -143,6 +143,7 @@ def _pack(path: Path, file: IO[bytes]) -> None:
     packed = path.with_name(path.name.removesuffix(PLAIN) + PACKED)
     beside = packed.with_name(f".{packed.name}.part")
     try:
+        beside.touch(mode=0o600)
         with beside.open("wb") as target:
             zstandard.ZstdCompressor(level=3).copy_stream(file, target)
             target.flush()

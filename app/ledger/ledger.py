@@ -159,13 +159,15 @@ class Ledger:
     def _note_engine(self) -> None:
         busy_s, idle_s = self._devices.busy_s, self._devices.idle_s
         told_busy_s, told_idle_s = self._told
-        self._told, self._told_at = (busy_s, idle_s), time.monotonic()
+        now, told_at = time.monotonic(), self._told_at
+        self._told, self._told_at = (busy_s, idle_s), now
         self.note(
             Record(
                 time=time.time(),
                 kind="engine",
                 device_s=busy_s - told_busy_s,
                 idle_s=idle_s - told_idle_s,
+                total_s=now - told_at,
             )
         )
 

@@ -20,7 +20,7 @@ class Record(msgspec.Struct, omit_defaults=True, gc=False):
     time: when the call ended. weights: the model's name, `@`, and the first 12 digits of its digest. cache: what
     `x-cache` said. finish: `whole`, `refused`, `broken` (an error of ours, in the status or in the stream) or `left`
     (the client was gone); error: its code. spared_tokens: those that need not be computed for it. total_s: to the
-    last byte.
+    last byte; of the devices, the time that is told of.
 
     It is filled in while the call lasts, by whoever knows, and is all that a hot hit pays: nothing is computed here.
     """

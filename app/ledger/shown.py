@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import floor, log10
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -73,7 +74,7 @@ def costs(found: Costs, own: Prices) -> Iterator[RenderableType]:
     days = (found.last - found.first) / 86_400
     yield (
         f"{found.calls:,} calls, {found.tokens:,} tokens in {span(found.last - found.first)}"
-        + (f", {found.tokens_per_day:,.0f} tokens a day" if days >= 1 else "; a day is reckoned from that")
+        + (f", {found.tokens_per_day:,.0f} tokens a day" if days >= 1 else ", from which a day is reckoned")
     )
     if own == Prices():
         yield "no price is set, so money is 0: set REFRAIN_PRICE_DEVICE_HOUR, or REFRAIN_PRICE_*_PER_MILLION"
@@ -132,7 +133,7 @@ def _break_even(even: BreakEven | None, found: Costs) -> str:
     )
     if even.days is not None and even.tokens is not None:
         what = f"the training ({money(found.training_cost)})" if found.training_cost else "it, from the first day on"
-        return f"{both}: pays for {what} after {even.days:,.1f} days, or {even.tokens:,.0f} tokens, at this rate"
+        return f"{both}: pays for {what} after {span(even.days * 86_400)}, or {even.tokens:,.0f} tokens, at this rate"
     if even.needed_tokens_per_day is None:
         return f"{both}: it never pays, at any rate: each token costs more here"
     return (
@@ -156,7 +157,7 @@ def money(amount: float) -> str:
     """Without a currency, which is the reader's; small amounts keep their digits."""
     if not amount:
         return "0"
-    return f"{amount:,.2f}" if abs(amount) >= 1 else f"{amount:.4g}"
+    return f"{amount:,.{2 if abs(amount) >= 1 else 3 - floor(log10(abs(amount)))}f}"
 
 
 def percent(part: float, whole: float) -> str:

@@ -130,7 +130,7 @@ class Question:
 @dataclass(slots=True)
 class Sums:
     """The answer: a tally for each group, and what is no call's: the device-seconds of fine-tuning by the model's name,
-    and the devices' own time."""
+    the devices' own time, and from when to when they are told of."""
 
     by: tuple[str, ...]
     groups: dict[tuple[str, ...], Tally] = field(default_factory=dict)
@@ -138,6 +138,8 @@ class Sums:
     training: dict[str, float] = field(default_factory=dict)
     busy_s: float = 0.0
     idle_s: float = 0.0
+    up_from: float = float("inf")
+    up_to: float = 0.0
     skipped_lines: int = 0
 
     def told(self) -> dict[str, Any]:
@@ -191,6 +193,8 @@ def _add(sums: Sums, found: dict[Any, Tally], lines: Iterable[Line]) -> None:
         if line.kind == "engine":
             sums.busy_s += line.device_s
             sums.idle_s += line.idle_s
+            sums.up_from = min(sums.up_from, line.time - line.total_s)
+            sums.up_to = max(sums.up_to, line.time)
         elif line.kind == "training":
             model = line.weights.partition("@")[0]
             sums.training[model] = sums.training.get(model, 0.0) + line.device_s

@@ -94,6 +94,8 @@ def test_what_nobody_writes_any_more_is_compressed_and_what_is_old_is_removed(fo
     files.tidy(folder, keep_days=0)
     assert ids(folder) == ["a", "b", "c"]
     assert {path.suffix for path in folder.iterdir()} == {".zst"}
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o600}
+    assert folder.stat().st_mode & 0o777 == 0o700
 
 
 def test_compression_that_was_interrupted_counts_nothing_twice(folder: Path) -> None:
