@@ -80,6 +80,7 @@ class AnswerRoute:
         self._service = service
         self._gate = gate
         self._settings = settings
+        self._text_bytes = settings.ledger_text_bytes
         self._memo: LRUCache[_Question, _Understood] = LRUCache(MEMO_BYTES, lambda known: known.memory_bytes)
         self._memo_of = service.catalog
 
@@ -88,7 +89,8 @@ class AnswerRoute:
         headers, fields, record = dict(scope["headers"]), scope["refrain"], scope["record"]
         caller = self._admit(headers, fields, record)
         content = await read(headers, receive, self._settings)
-        record.request = self._text(content)
+        if self._text_bytes:
+            record.request = content[: self._text_bytes].decode(errors="replace")
         call, plan = self._understood(_Question(caller, self._service.catalog, headers.get(b"cache-control"), content))
         record.stream, record.weights = call.is_streaming, plan.serving.weights.short
 
@@ -130,20 +132,14 @@ class AnswerRoute:
         reply = self._service.at_hand(call, known.plan)
         if reply is None or reply.answer.body is None:
             return None
-        headers = _reply_headers(reply, b"text/event-stream" if call.is_streaming else b"application/json")
-        record.stream, record.request, record.response = (
-            call.is_streaming,
-            self._text(content),
-            self._text(reply.answer.body),
-        )
-        record.note_answer(reply.cache.value, reply.weights, reply.answer.timings)
+        record.stream = call.is_streaming
+        headers = _reply_headers(reply, b"text/event-stream" if record.stream else b"application/json")
+        if self._text_bytes:
+            record.request = content[: self._text_bytes].decode(errors="replace")
+            record.response = reply.answer.body[: self._text_bytes].decode(errors="replace")
         _tell(fields, reply.cache, reply.answer.timings, time.perf_counter() - began)
+        record.note_answer(fields["cache"], reply.weights, reply.answer.timings)
         return headers, reply.answer.body
-
-    def _text(self, content: bytes) -> str:
-        """What is recorded of a request or response: nothing, unless the settings say so."""
-        length = self._settings.ledger_text_bytes
-        return content[:length].decode(errors="replace") if length else ""
 
     def _admit(self, headers: dict[bytes, bytes], fields: dict[str, Any], record: Record) -> Caller:
         caller = self._gate.admit(presented_key(headers, allow_x_api_key=self._endpoint is Endpoint.MESSAGES))

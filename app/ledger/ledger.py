@@ -135,7 +135,7 @@ class Ledger:
         while self._noted:
             for _ in range(min(_LOT, len(self._noted))):
                 record = self._noted.popleft()
-                if record.kind in ("call", "rest"):
+                if record.kind != "engine" and (record.device_s or not record.spared_tokens):  # else it is a hit
                     record.cost = self._prices.cost(record)
                 self._held.append(_encode(record) + b"\n")
             time.sleep(_BREATH_S)
