@@ -31,7 +31,7 @@ from app.errors import (
     UnknownModel,
 )
 from app.gate.keys import Gate
-from app.ledger.sums import Question, moment, summed
+from app.ledger.sums import Question, dimensions, moment, summed
 from app.observe import logs, metrics
 from app.service import Service
 from app.serving import Serving
@@ -204,8 +204,7 @@ def _mount_usage(app: FastAPI, gate: Gate, settings: Settings) -> None:
         model: str | None = None,
     ) -> JSONResponse:
         _admin(request, gate)
-        names = tuple(name.strip() for name in by.split(",") if name.strip())
-        question = Question(names, moment(since), moment(until), model)
+        question = Question(dimensions(by), moment(since), moment(until), model)
         async with one_at_a_time:  # in a thread: a million records take a second
             return JSONResponse((await asyncio.to_thread(summed, settings.ledger_root, question)).told())
 

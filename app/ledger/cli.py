@@ -54,11 +54,10 @@ def show(
     if context.invoked_subcommand is not None:
         return
     from app.ledger import picture, shown
-    from app.ledger.sums import Question, moment, summed
+    from app.ledger.sums import Question, dimensions, moment, summed
 
     settings = load()
-    names = tuple(name.strip() for name in by.split(",") if name.strip())
-    question = Question(names, moment(since), moment(until), model)
+    question = Question(dimensions(by), moment(since), moment(until), model)
     sums = summed(_folder(settings), question)
     if as_json:
         out.print_json(data=sums.told())

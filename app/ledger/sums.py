@@ -240,18 +240,27 @@ def _day(number: float) -> str:
     return datetime.fromtimestamp(number * 86_400, UTC).strftime("%Y-%m-%d")
 
 
+# --- as people give it ---------------------------------------------------------------------------
+
+_UNITS = {"d": "days", "h": "hours", "m": "minutes"}
+
+
+def dimensions(given: str) -> tuple[str, ...]:
+    """Of names set apart by commas, each once."""
+    return tuple(dict.fromkeys(name.strip() for name in given.split(",") if name.strip()))
+
+
 def moment(given: str | None) -> float | None:
     """Unix seconds of `7d` or `12h` (ago), or of an ISO date, in UTC where it does not say. Raises BadCall."""
     if not given:
         return None
     amount, unit = given[:-1], given[-1]
-    if unit in _UNITS and amount.isdecimal():
+    if unit in _UNITS and amount.isdecimal() and len(amount) <= 5:
         return time.time() - timedelta(**{_UNITS[unit]: int(amount)}).total_seconds()
     try:
         found = datetime.fromisoformat(given)
     except ValueError:
-        raise BadCall(f"{given} is no time: give 7d, 12h, 30m, 2026-11-25 or 2026-11-25T08:00") from None
+        found = None
+    if found is None or not 1970 < found.year < 9999:
+        raise BadCall(f"{given[:40]} is no time: give 7d, 12h, 30m, 2026-11-25 or 2026-11-25T08:00")
     return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
-
-
-_UNITS = {"d": "days", "h": "hours", "m": "minutes"}

@@ -239,7 +239,10 @@ def test_an_admin_reads_the_same_over_http(serve: Callable[..., Running], tmp_pa
     until(lambda: len(records(tmp_path, kind="call")) == 3)
     with server.client(headers={"authorization": f"Bearer {admin}"}) as client:
         told = client.get("/admin/usage", params={"by": "tenant,cache", "since": "1h"}).json()
-        assert client.get("/admin/usage", params={"by": "colour"}).status_code == 400
+        for wrong in ({"by": "colour"}, {"since": "9" * 5000 + "d"}, {"until": "9999-12-31"}, {"since": "0001-01-01"}):
+            assert client.get("/admin/usage", params=wrong).status_code == 400
+        for odd in ({"by": "day,day"}, {"by": ""}, {"by": "day, cache,day"}, {"since": "99999d"}, {"model": "nobody"}):
+            assert client.get("/admin/usage", params=odd).status_code == 200
     assert {(row["tenant"], row["cache"]): row["calls"] for row in told["rows"]} == {
         ("acme", "hit"): 1,
         ("acme", "miss"): 2,
