@@ -68,9 +68,9 @@ class HotHits:
         return [*found[0], *own_headers(request_id)], found[1]
 
 
-def rendered(headers: Headers, body: bytes) -> bytes:
-    """A whole response, status 200."""
-    every = [*headers, (b"content-length", b"%d" % len(body))]
+def rendered(default: Headers, headers: Headers, body: bytes) -> bytes:
+    """A whole response, status 200. `default` are those that every response of the server has."""
+    every = [*default, *headers, (b"content-length", b"%d" % len(body))]
     return b"HTTP/1.1 200 OK\r\n" + b"".join([b"%b: %b\r\n" % header for header in every]) + b"\r\n" + body
 
 
@@ -182,7 +182,6 @@ class HotProtocol(CorkedProtocol):
         response = self._hot.response(self.url, self.headers, content) if self._hot is not None else None
         if response is None:
             return False
-        headers = [*self.server_state.default_headers, *response[0]]
-        self.transport.write_at_once(rendered(headers, response[1]))  # type: ignore[attr-defined]
+        self.transport.write_at_once(rendered(self.server_state.default_headers, *response))  # type: ignore[attr-defined]
         self.on_response_complete()
         return True

@@ -172,7 +172,7 @@ class Front(asyncio.BufferedProtocol):
         self.end() if self._is_ending else self._transport.resume_reading()
 
     def _answer(self, headers: Headers, body: bytes) -> None:
-        self._transport.write(rendered([*self._hall.default_headers, *headers], body))
+        self._transport.write(rendered(self._hall.default_headers, headers, body))
         self._answered_at = time.monotonic()
         self._expect_another()
 

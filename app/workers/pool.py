@@ -3,7 +3,7 @@
 ```
 server                                             worker
 Begin: settings ─────────────────────────────────► opens its rooms
-Serve: weights, and again whenever they change ──► listens; Done, or it is ended: it would answer with old weights
+Serve: weights, and again whenever they change ──► listens; Done (who is silent is ended: it has old weights)
 take  ◄─────────────────── Connection, with what the client has sent: it is no hit
 give: Connection ────────────────────────────────► its next request may be one
 Tell ────────────────────────────────────────────► Told: what it has counted
@@ -36,8 +36,9 @@ from app.workers.channel import Begin, Channel, Connection, Done, Message, Serve
 log = logging.getLogger(__name__)
 
 START_S = 60.0
-# One that has not heard of other weights by then is ended: it would go on with the old ones.
-HEED_S = 5.0
+# One that is silent for so long is ended: it would go on with old weights, and its clients would wait.
+SILENT_S = 5.0
+LOOK_EVERY_S = 5.0
 # A look at the metrics waits so long for a worker; then what it told last counts.
 TELL_S = 0.5
 STOP_S = 3.0
@@ -80,8 +81,7 @@ class Pool:
             for keeper in late:
                 keeper.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)
-        for errand in list(self._errands):
-            errand.cancel()
+        await asyncio.gather(*self._errands, return_exceptions=True)  # what was handed over last is being taken
 
     async def tell_served(self) -> None:
         """The catalog has changed. When this returns, no worker answers with what it was before."""
@@ -113,11 +113,14 @@ class Pool:
         pause_s = RESTART_AFTER_S
         while not self._ending.is_set():
             began = time.monotonic()
-            code = await self._live(_Member.spawned(listener), take)
+            try:
+                why = f"code {await self._live(_Member.spawned(listener), take)}"
+            except OSError as error:  # no memory, or no descriptor, for another process
+                why = str(error)
             if self._ending.is_set():
                 return
             pause_s = RESTART_AFTER_S if time.monotonic() - began > YOUNG_S else min(2 * pause_s, LONGEST_PAUSE_S)
-            log.warning("an http worker ended (code %s); another starts in %.1f s", code, pause_s)
+            log.warning("an http worker ended (%s); another starts in %.1f s", why, pause_s)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause_s):
                     await self._ending.wait()
@@ -125,7 +128,7 @@ class Pool:
     async def _live(self, member: _Member, take: Take) -> int:
         """With one worker, until it ends; its exit code."""
         self._members.add(member)
-        beginning = self._spawn(self._begin(member))
+        tending = self._spawn(self._tend(member))
         try:
             async for message, connection in member.channel:
                 if connection is not None:
@@ -135,7 +138,7 @@ class Pool:
                 else:
                     member.hear(message)
         finally:
-            beginning.cancel()
+            tending.cancel()
             self._members.discard(member)
             self._left_behind.update(member.counts)
             member.end()
@@ -143,27 +146,33 @@ class Pool:
             metrics.http_workers.set(len(self._ready))
         return code
 
-    async def _begin(self, member: _Member) -> None:
+    async def _tend(self, member: _Member) -> None:
+        """Begin with it, and look after it until it ends."""
         is_locked = not self._gate.is_open
-        try:
-            begun = await member.ask(lambda number: Begin(number, to_hand_down(self._settings), is_locked), START_S)
-        except TimeoutError:
-            log.warning("an http worker did not start within %.0f s; it is ended", START_S)
-            member.process.kill()
-            return
+        begun = await self._asked(
+            member, lambda number: Begin(number, to_hand_down(self._settings), is_locked), START_S
+        )
         if begun is None:
             return
         member.is_ready = True
         await self._serve(member)
         metrics.http_workers.set(len(self._ready))
+        while member.is_ready:
+            await asyncio.sleep(LOOK_EVERY_S)
+            await self._asked(member, Tell, SILENT_S)
 
     async def _serve(self, member: _Member) -> None:
         weights = [replace(serving.weights, fingerprint={}) for serving in self._service.catalog]
+        await self._asked(member, lambda number: Serve(number, weights), SILENT_S)
+
+    async def _asked(self, member: _Member, question: Callable[[int], Message], within_s: float) -> Message | None:
+        """Its answer; None where it has ended, or was silent and is ended now."""
         try:
-            await member.ask(lambda number: Serve(number, weights), HEED_S)
+            return await member.ask(question, within_s)
         except TimeoutError:
-            log.warning("an http worker does not heed other weights within %.0f s; it is ended", HEED_S)
+            log.warning("an http worker was silent for %.0f s and is ended", within_s)
             member.process.kill()
+            return None
 
     def _spawn(self, errand: Awaitable[None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(errand)
@@ -210,6 +219,8 @@ class _Member:
             del self._asked[number]
 
     def hear(self, message: Message) -> None:
+        if isinstance(message, Told):
+            self.counts = Counts(message.counts)
         asked = self._asked.get(message.number) if isinstance(message, Done | Told) else None
         if asked is not None and not asked.done():
             asked.set_result(message)
@@ -223,9 +234,5 @@ class _Member:
         self.process.kill()  # it may have closed its end and live on
 
     async def refresh_counts(self) -> None:
-        try:
-            told = await self.ask(Tell, TELL_S)
-        except TimeoutError:
-            return
-        if isinstance(told, Told):
-            self.counts = Counts(told.counts)
+        with contextlib.suppress(TimeoutError):  # then what it told last counts
+            await self.ask(Tell, TELL_S)

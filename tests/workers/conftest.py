@@ -107,7 +107,7 @@ def start_house(directory: Path, **environment: str) -> House:
         "REFRAIN_MODEL": BOT,
         "REFRAIN_HTTP_WORKERS": "1",
         "REFRAIN_WATCH_S": "0",
-        "REFRAIN_SCRIPTED_TOKENS_PER_S": "2000",
+        "REFRAIN_SCRIPTED_TOKENS_PER_S": "400",
         "REFRAIN_REDIS_TIMEOUT_S": "1",
     }
     log = directory / f"log{time.monotonic_ns()}"

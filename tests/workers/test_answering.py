@@ -22,11 +22,15 @@ def raw(house: House, body: bytes, **headers: str) -> bytes:
     return f"POST {CHAT} HTTP/1.1\r\n{head}\r\n".encode() + body
 
 
-def connected(house: House) -> socket.socket:
+def connected(house: House, receive_bytes: int | None = None) -> socket.socket:
     """A connection that a worker has accepted."""
     host, _, port = house.url.removeprefix("http://").partition(":")
     with house.server_paused():
-        connection = socket.create_connection((host, int(port)), timeout=20)
+        connection = socket.socket()
+        connection.settimeout(20)
+        if receive_bytes is not None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+        connection.connect((host, int(port)))
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.sendall(raw(house, json.dumps(HOT).encode()))
         assert received(connection)[0][0] == 200
@@ -34,14 +38,15 @@ def connected(house: House) -> socket.socket:
 
 
 def received(connection: socket.socket, count: int = 1) -> list[tuple[int, dict[str, str], bytes]]:
-    """So many responses with a content length: status, headers, body."""
+    """So many responses: status, headers, body; chunks as they are."""
     content, found = b"", []
     while len(found) < count:
         head, mark, rest = content.partition(b"\r\n\r\n")
         if mark:
             status, *lines = head.decode().split("\r\n")
             headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
-            size = int(headers["content-length"])
+            chunked_end = rest.find(b"0\r\n\r\n")
+            size = int(headers.get("content-length", chunked_end + 5 if chunked_end >= 0 else len(rest) + 1))
             if len(rest) >= size:
                 found.append((int(status.split()[1]), headers, rest[:size]))
                 content = rest[size:]
@@ -161,6 +166,12 @@ def test_a_body_is_waited_for_by_the_server(house: House) -> None:
     assert (status, headers["x-cache"]) == (200, "hit")
 
 
+def test_a_long_body_goes_over_whole(house: House) -> None:
+    body = chat("long " * 40_000, model=BOT, max_tokens=2)
+    with house.client_of_a_worker() as client:
+        assert [client.post(CHAT, json=body).headers["x-cache"] for _ in range(3)] == ["miss", "hit", "hit"]
+
+
 @pytest.mark.parametrize("cut", [1, 40, -1], ids=["first byte", "in the head", "last byte"])
 def test_a_request_in_pieces_is_a_hit_all_the_same(house: House, cut: int) -> None:
     request = raw(house, json.dumps(HOT).encode())
@@ -182,6 +193,23 @@ def test_who_asks_without_waiting_gets_answers_in_order(house: House) -> None:
         )
         found = [(headers["x-request-id"], headers["x-cache"]) for _, headers, _ in received(connection, 4)]
     assert found == [("a", "hit"), ("b", "miss"), ("c", "hit"), ("d", "hit")]
+
+
+def test_a_client_that_reads_late_gets_all_of_it_in_order(house: House) -> None:
+    """What a worker has not got rid of yet must be out before the server writes on the same connection."""
+    long, cold = (chat(text, model=BOT, max_tokens=90) for text in ("long", "read late"))
+    hot = json.dumps(long | {"stream": True}).encode()
+    until(lambda: house.ask(long).headers["x-cache"] == "hit")
+    with connected(house, receive_bytes=4096) as connection:
+        for number in range(120):  # more than the kernel keeps for them
+            connection.sendall(raw(house, hot, **{"x-request-id": f"n{number}"}))
+            time.sleep(0.001)  # each a request of its own
+        connection.sendall(raw(house, json.dumps(cold).encode(), **{"x-request-id": "cold"}))
+        time.sleep(0.3)
+        found = received(connection, 121)
+    assert [headers["x-request-id"] for _, headers, _ in found] == [*(f"n{number}" for number in range(120)), "cold"]
+    assert {content.count(b"data: ") for _, _, content in found[:-1]} == {found[0][2].count(b"data: ")}
+    assert found[-1][1]["x-cache"] == "miss"
 
 
 def test_a_client_that_leaves_frees_the_engine(house: House) -> None:
