@@ -205,6 +205,8 @@ VENDORS: dict[str, set[str]] = {
     "fastapi": {"app.api", "app.main"},
     "starlette": {"app.api", "app.engine.vllm"},
     "uvicorn": {"app.api", "app.main"},
+    "httptools": {"app.workers.front"},
+    "uvloop": {"app.workers.__main__"},
     "typer": {"app.__main__", "app.train.cli"},
     "rich": {"app.__main__", "app.train.cli"},
     "huggingface_hub": {"app.weights.resolve"},

@@ -159,6 +159,7 @@ class Channel:
 def detached(transport: asyncio.BaseTransport) -> int:
     """A descriptor of this transport's connection, of one's own; the transport is to be aborted, which closes its own.
 
-    Only where the transport has nothing left to write, and nothing reads it any more.
+    Only where the transport has nothing left to write, and nothing reads it any more. Raises OSError where the process
+    may have no more descriptors.
     """
     return os.dup(transport.get_extra_info("socket").fileno())

@@ -11,6 +11,7 @@ own, and each of them is in one place, the server.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -183,10 +184,14 @@ class Front(asyncio.BufferedProtocol):
             return
         self._is_ending = True
         self._transport.pause_reading()
-        if self._transport.get_write_buffer_size():
+        connection = None
+        if not self._transport.get_write_buffer_size():
+            with contextlib.suppress(OSError):  # no descriptor is left; one will be
+                connection = detached(self._transport)
+        if connection is None:
             self._loop.call_later(RETRY_S, self.leave)
             return
-        self._hall.hand_over(detached(self._transport), self._received)
+        self._hall.hand_over(connection, self._received)
         self._transport.abort()
 
     def end(self) -> None:

@@ -92,8 +92,12 @@ class Pool:
         ready = self._ready
         if not ready or self._ending.is_set():
             return False
+        try:
+            connection = detached(transport)
+        except OSError:  # no descriptor is left
+            return False
         metrics.child(metrics.connections_handed, "worker").inc()
-        ready[next(self._turns) % len(ready)].channel.send(Connection(), detached(transport))
+        ready[next(self._turns) % len(ready)].channel.send(Connection(), connection)
         return True
 
     async def counted(self) -> Counts:
