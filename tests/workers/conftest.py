@@ -145,8 +145,8 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     """One for all tests of a module that leave it as it was."""
     there = start_house(tmp_path_factory.mktemp("w"), REFRAIN_STREAM_RESUME_S="20", REFRAIN_BODY_TIMEOUT_S="1")
     yield there
-    assert "Traceback" not in there.running.log.read_text()
     end_house(there)
+    assert "Traceback" not in there.running.log.read_text()
 
 
 def access_lines(house: House) -> list[str]:
