@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version as distribution_version
@@ -40,9 +41,17 @@ from app.swap import Swapper
 
 
 def mount_routes(
-    app: FastAPI, service: Service, gate: Gate, settings: Settings, swapper: Swapper
+    app: FastAPI,
+    service: Service,
+    gate: Gate,
+    settings: Settings,
+    swapper: Swapper,
+    counted_elsewhere: Callable[[], Awaitable[metrics.Counts]],
 ) -> dict[str, AnswerRoute]:
-    """Add every route of the API to the app; those that answer are given back too, by path (see `Edge`)."""
+    """Add every route of the API to the app; those that answer are given back too, by path (see `Edge`).
+
+    `counted_elsewhere` gives what other processes have counted of this server's responses.
+    """
     answering = {endpoint.value: AnswerRoute(endpoint, service, gate, settings) for endpoint in Endpoint}
     for path, route in answering.items():
         app.router.routes.append(Route(path, route, methods=["POST"]))
@@ -50,7 +59,7 @@ def mount_routes(
     _mount_models(app, service, gate)
     _mount_tokens(app, service, gate, settings)
     _mount_stored_responses(app, service, gate)
-    _mount_health(app, service, swapper)
+    _mount_health(app, service, swapper, counted_elsewhere)
     _mount_admin(app, service, gate, settings)
     _mount_swaps(app, service, gate, settings, swapper)
     _mount_usage(app, gate, settings)
@@ -125,7 +134,12 @@ def _as_response(answer: Answer) -> Response:
     return Response(answer.body, media_type="application/json")
 
 
-def _mount_health(app: FastAPI, service: Service, swapper: Swapper) -> None:
+def _mount_health(
+    app: FastAPI,
+    service: Service,
+    swapper: Swapper,
+    counted_elsewhere: Callable[[], Awaitable[metrics.Counts]],
+) -> None:
     @app.get("/healthz")
     async def alive() -> dict[str, str]:
         return {"status": "alive"}
@@ -155,7 +169,7 @@ def _mount_health(app: FastAPI, service: Service, swapper: Swapper) -> None:
         metrics.engine_restarts.set(service.engine.state.restarts)
         metrics.device_seconds.labels("busy").set(service.engine.meter.busy_s)
         metrics.device_seconds.labels("idle").set(service.engine.meter.idle_s)
-        return Response(metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+        return Response(metrics.exposition(await counted_elsewhere()), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/version")
     async def version() -> dict[str, str]:
