@@ -99,9 +99,10 @@ class Boarding:
         """Raises AppError: refused or broken before there was anything to send."""
         try:
             answer = await self.ride.answer()
-        except Incomplete:  # the shared stream has no body in it (a tool's input that was cut short)
+        except Incomplete:  # the shared stream has no body in it: a tool's input cut short, or too much to be held
             if self.alone is None:
                 raise
+            self.ride.seat.leave()
             return await self.alone()
         except AppError as error:
             if self.instead is None:
@@ -446,7 +447,7 @@ class Service:
                 async for event in events:
                     yield event
         except BadCall as error:  # the same call will not be better in a moment
-            if flight.ticket.is_shared and not flight.events:
+            if flight.ticket.is_shared and not flight.said:
                 self._refusals.remember(f"{flight.ticket.key} {flight.is_stream}", error)
             raise
 
@@ -550,7 +551,7 @@ def _fitted(held: Held, plan: Plan) -> Held | None:
         rule = reuse.rule(held.recording, shape, plan.serving.weights.max_model_len)
         if rule is None or rule is Rule.SAME or rule is Rule.ENDED:
             return (rule, None), 0
-        cut = Held(forms.cut_to_measure(held.recording, shape, rule))
+        cut = held.part(forms.cut_to_measure(held.recording, shape, rule))
         return (rule, cut), cut.size_bytes
 
     rule, cut = held.replay(shape, fit)

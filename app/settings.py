@@ -162,6 +162,14 @@ class Settings(BaseSettings):
     stream_resume_s: float = Field(
         0.0, ge=0, description="How long a stream that lost its client goes on and can be resumed; 0: it ends at once."
     )
+    flight_max_bytes: int = Field(
+        16 * 2**20,
+        ge=64 * 2**10,
+        description="Memory for one answer under way; beyond it nobody else comes aboard, and what was read goes.",
+    )
+    flights_max_bytes: int = Field(
+        256 * 2**20, ge=2**20, description="Memory for all answers under way; beyond it the same for the largest."
+    )
     stream_max_bytes: int = Field(
         8 * 2**20, gt=0, description="A longer stream is not passed on to other servers beyond this."
     )

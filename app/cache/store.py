@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 TTL_JITTER = 0.1  # entries written together should not all expire together
 SCAN_COUNT = 500
+MEASURE_EVERY_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,18 @@ class Store:
             # A Cluster tells of changes node by node; there every hit asks.
             if self._settings.cache_near_mib and not self._settings.redis_cluster:
                 await stack.enter_async_context(Tracking(self.link, self._near, f"{self._namespace}:answer:"))
+            if self._settings.redis_url is None:  # anybody else's server may forbid INFO, and has an exporter
+                measuring = asyncio.create_task(self._measure(), name="redis-memory")
+                stack.callback(measuring.cancel)
             yield
+
+    async def _measure(self) -> None:
+        while True:
+            with contextlib.suppress(RedisDown, ResponseError):
+                memory = await self.memory()
+                metrics.redis_bytes.set(memory["used_memory"])
+                metrics.redis_evicted.set(memory["evicted_keys"])
+            await asyncio.sleep(MEASURE_EVERY_S)
 
     @property
     def is_near(self) -> bool:

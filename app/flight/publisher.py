@@ -43,6 +43,10 @@ class Publisher:
     def say(self, event: bytes) -> None:
         if self._room_bytes >= 0:
             self._room_bytes -= len(event)
+            if self._flight.is_closed:
+                self._room_bytes = -1
+            if self._room_bytes < 0:
+                metrics.streams_cut.inc()
             self._said.append(event)
             self._news.set()
 

@@ -6,7 +6,8 @@ Labels come from fixed lists and never from a client's text, so their number is 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 from prometheus_client import Counter, Gauge, Histogram, generate_latest
 
@@ -26,7 +27,11 @@ near_hits = Counter("refrain_near_hits_total", "Hits answered from this process'
 near_evicted = Counter("refrain_near_evicted_total", "Recordings pushed out of this process's memory by others.")
 near_bytes = Gauge("refrain_near_bytes", "Memory of this process that recordings take.")
 near_on = Gauge("refrain_near_on", "1 while Redis tells of changes, so that recordings may be held here, else 0.")
+memory_bytes = Gauge("refrain_memory_bytes", "What this process's smaller memories hold, by memory.", ["memory"])
+memory_evicted = Counter("refrain_memory_evicted_total", "What they pushed out for something newer.", ["memory"])
 redis_up = Gauge("refrain_redis_up", "1 while Redis answers in time, else 0.")
+redis_bytes = Gauge("refrain_redis_bytes", "Memory of the embedded server; of another, its own exporter tells.")
+redis_evicted = Gauge("refrain_redis_evicted_keys", "Keys that the embedded server has evicted since it started.")
 engine_ready = Gauge("refrain_engine_ready", "1 while the engine takes calls, else 0.")
 engine_restarts = Gauge("refrain_engine_restarts", "Times the engine died and was started again.")
 weights_served = Gauge("refrain_weights_served", "1 for each set of weights that is served now.", ["name", "digest"])
@@ -48,6 +53,14 @@ boarded = Counter(
     "Calls that began a generation (leader), shared one (follower), or carried one on (takeover).",
     ["role"],
 )
+flight_bytes = Gauge("refrain_flight_bytes", "Memory that the answers under way take, for those who read them.")
+flights_closed = Counter(
+    "refrain_flight_closed_total",
+    "Generations that took nobody aboard any more for their size, by the limit that they met (own, all).",
+    ["limit"],
+)
+flight_put_off = Counter("refrain_flight_put_off_total", "Clients cut off since they read too slowly to be waited for.")
+streams_cut = Counter("refrain_flight_streams_cut_total", "Generations too large to be passed on to other servers.")
 leases_lost = Counter("refrain_flight_leases_lost_total", "Generations whose lease another server took meanwhile.")
 resumed = Counter("refrain_streams_resumed_total", "Streams that a client came back to, by where they were.", ["found"])
 streams_kept_bytes = Gauge("refrain_streams_kept_bytes", "Memory of finished streams that can still be resumed.")
@@ -101,7 +114,22 @@ class HitTally:
 hits = HitTally()
 
 
+class _Memory(Protocol):
+    @property
+    def currsize(self) -> float: ...
+
+
+_memories: dict[str, WeakValueDictionary[int, _Memory]] = {}
+
+
+def watch(name: str, memory: _Memory) -> None:
+    """Show its size for as long as there is anything to show; several of one name are added up."""
+    _memories.setdefault(name, WeakValueDictionary())[id(memory)] = memory
+
+
 def exposition() -> bytes:
     """Everything in Prometheus's text format."""
     hits.settle()
+    for name, memories in _memories.items():
+        memory_bytes.labels(name).set(sum(memory.currsize for memory in memories.values()))
     return generate_latest()
