@@ -88,6 +88,7 @@ class Boarding:
     status: CacheStatus
     weights: str
     key: str | None
+    model: str
     alone: Callable[[], Awaitable[Reply]] | None = None
     instead: Callable[[AppError], Awaitable[Reply]] | None = None
 
@@ -109,7 +110,7 @@ class Boarding:
                 raise
             return await self.instead(error)
         status = self.status if self.ride.seat.flight.is_led_here else CacheStatus.SHARED
-        metrics.child(metrics.calls, self.endpoint.label, status.value).inc()
+        metrics.child(metrics.calls, self.endpoint.label, status.value, self.model).inc()
         return Reply(answer, status, self.weights, self.key, stream_id=self.ride.stream_id)
 
 
@@ -171,7 +172,7 @@ class Service:
         weights = serving.weights
         reason = self._why_bypass(call, weights, directives)
         if reason is not None:
-            metrics.bypasses.labels(reason).inc()
+            metrics.child(metrics.bypasses, call.endpoint.label, weights.name, reason).inc()
             return Plan(serving, None, Shape(), False, False, directives, reason)
         relaxed, shape = reuse.family(call)
         key = cache_key(relaxed, weights, tenant=self._scope(call.caller))
@@ -289,7 +290,8 @@ class Service:
 
     def _replayed(self, call: Call, plan: Plan, held: Held, status: CacheStatus) -> Reply:
         found = held.recording
-        metrics.hits.add(call.endpoint.label, status.value, found.prompt_tokens, found.completion_tokens, found.seconds)
+        model, tokens = plan.serving.weights.name, (found.prompt_tokens, found.completion_tokens)
+        metrics.hits.add(call.endpoint.label, status.value, model, *tokens, found.seconds)
         key = plan.slot.key if plan.slot else None
         return Reply(forms.replayed(held, call), status, found.weights, key, int(age_s(found)))
 
@@ -351,7 +353,8 @@ class Service:
                     metrics.child(metrics.resumed, "flight").inc()
                     ride = Ride(seat, True, position.wants_usage, call.body, timings)
                     key = plan.slot.key if plan.slot else None
-                    yield Boarding(ride, CacheStatus.SHARED, seat.flight.ticket.weights, key)
+                    model = plan.serving.weights.name
+                    yield Boarding(ride, CacheStatus.SHARED, seat.flight.ticket.weights, key, model)
                     return
             if not plan.is_shared:
                 raise lost()
@@ -376,11 +379,14 @@ class Service:
                 status,
                 plan.serving.weights.short,
                 plan.slot.key if plan.slot else None,
+                model=plan.serving.weights.name,
                 alone=lambda: self._alone(call, plan),
                 instead=lambda error: self._instead(call, plan, error),
             )
             if seat.flight.is_finished and not (seat.is_first and seat.flight.is_led_here):
-                metrics.hits.save(seat.flight.timings.prompt_tokens or 0, seat.flight.timings.completion_tokens or 0)
+                timings = seat.flight.timings
+                saved = (timings.prompt_tokens or 0, timings.completion_tokens or 0)
+                metrics.hits.save(plan.serving.weights.name, *saved)
 
     @asynccontextmanager
     async def back_aboard(self, position: Position | None, caller: Caller) -> AsyncIterator[Boarding]:
@@ -392,7 +398,8 @@ class Service:
                 raise NotFound("there is no such stream any more; ask again")
             metrics.child(metrics.resumed, "flight").inc()
             ride = Ride(seat, True, position.wants_usage, {}, Timings())
-            yield Boarding(ride, CacheStatus.SHARED, seat.flight.ticket.weights, None)
+            weights = seat.flight.ticket.weights
+            yield Boarding(ride, CacheStatus.SHARED, weights, None, self.catalog.called(weights.rpartition("@")[0]))
 
     async def _alone(self, call: Call, plan: Plan) -> Reply:
         """A body generated for this call by itself. Raises AppError."""

@@ -1,10 +1,12 @@
 """Every metric of ours, prefix `refrain_`; vLLM's own stand beside them in the same registry.
 
-Labels come from fixed lists and never from a client's text, so their number is bounded.
+Labels come from fixed lists and never from a client's text, so their number is bounded. `model` is a name that is
+served here, or was.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from functools import cache
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
@@ -13,16 +15,20 @@ from prometheus_client import Counter, Gauge, Histogram, generate_latest
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
-calls = Counter("refrain_calls_total", "Calls for an answer, by what the cache had.", ["endpoint", "cache"])
+calls = Counter("refrain_calls_total", "Calls for an answer, by what the cache had.", ["endpoint", "cache", "model"])
 responses = Counter("refrain_http_responses_total", "HTTP responses by status.", ["status"])
-bypasses = Counter("refrain_cache_bypass_total", "Calls that were kept apart from the cache, by reason.", ["reason"])
+bypasses = Counter(
+    "refrain_cache_bypass_total",
+    "Calls that were kept apart from the cache, by reason.",
+    ["endpoint", "model", "reason"],
+)
 cache_errors = Counter(
     "refrain_cache_errors_total", "Cache reads and writes that came to nothing, by cause.", ["cause"]
 )
 recorded = Counter("refrain_cache_recorded_total", "Answers recorded.", ["endpoint"])
 not_recorded = Counter("refrain_cache_not_recorded_total", "Answers that were cacheable and not recorded.", ["reason"])
-tokens_saved = Counter("refrain_tokens_saved_total", "Tokens answered from the cache.", ["kind"])
-seconds_saved = Counter("refrain_generation_seconds_saved_total", "Seconds of generation that hits spared.")
+tokens_saved = Counter("refrain_tokens_saved_total", "Tokens answered from the cache.", ["kind", "model"])
+seconds_saved = Counter("refrain_generation_seconds_saved_total", "Seconds of generation that hits spared.", ["model"])
 near_hits = Counter("refrain_near_hits_total", "Hits answered from this process's own memory, without asking Redis.")
 near_evicted = Counter("refrain_near_evicted_total", "Recordings pushed out of this process's memory by others.")
 near_bytes = Gauge("refrain_near_bytes", "Memory of this process that recordings take.")
@@ -75,6 +81,16 @@ def child(metric: Any, *labels: str) -> Any:
     return metric.labels(*labels)
 
 
+class _Saved:
+    """What calls of one kind spared; plain numbers, as they are added to on the way of every hit."""
+
+    __slots__ = ("calls", "completion", "prompt", "seconds")
+
+    def __init__(self) -> None:
+        self.calls = self.prompt = self.completion = 0
+        self.seconds = 0.0
+
+
 class HitTally:
     """What hits are counted by: plain additions, handed on to the counters when somebody looks.
 
@@ -82,33 +98,33 @@ class HitTally:
     """
 
     def __init__(self) -> None:
-        self._calls: dict[tuple[str, str], int] = {}
-        self._clear()
+        self._saved: defaultdict[tuple[str, str, str], _Saved] = defaultdict(_Saved)
+        self.near = 0
 
-    def add(self, endpoint: str, status: str, prompt: int, completion: int, seconds: float) -> None:
-        """One call that a recording answered."""
-        self._calls[endpoint, status] = self._calls.get((endpoint, status), 0) + 1
-        self._seconds += seconds
-        self.save(prompt, completion)
+    def add(self, endpoint: str, status: str, model: str, prompt: int, completion: int, seconds: float) -> None:
+        """One call that was answered without a generation of its own; `seconds` and tokens are what that spared."""
+        saved = self._saved[endpoint, status, model]
+        saved.calls += 1
+        saved.prompt += prompt
+        saved.completion += completion
+        saved.seconds += seconds
 
-    def save(self, prompt: int, completion: int) -> None:
-        """Tokens that need not be computed."""
-        self._prompt += prompt
-        self._completion += completion
+    def save(self, model: str, prompt: int, completion: int) -> None:
+        """Tokens that need not be computed, of a call that is counted apart."""
+        saved = self._saved["", "", model]
+        saved.prompt += prompt
+        saved.completion += completion
 
     def settle(self) -> None:
-        for labels, count in self._calls.items():
-            calls.labels(*labels).inc(count)
+        for (endpoint, status, model), saved in self._saved.items():
+            if saved.calls:
+                calls.labels(endpoint, status, model).inc(saved.calls)
+            tokens_saved.labels("prompt", model).inc(saved.prompt)
+            tokens_saved.labels("completion", model).inc(saved.completion)
+            seconds_saved.labels(model).inc(saved.seconds)
         near_hits.inc(self.near)
-        tokens_saved.labels("prompt").inc(self._prompt)
-        tokens_saved.labels("completion").inc(self._completion)
-        seconds_saved.inc(self._seconds)
-        self._clear()
-
-    def _clear(self) -> None:
-        self._calls.clear()
-        self.near = self._prompt = self._completion = 0
-        self._seconds = 0.0
+        self._saved.clear()
+        self.near = 0
 
 
 hits = HitTally()
