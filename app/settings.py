@@ -138,6 +138,13 @@ class Settings(BaseSettings):
         None,
         description="Signs what is kept in Redis, so that who can write there cannot plant answers; 16 characters.",
     )
+    cache_old_secrets: SecretStr | None = Field(
+        None, description="Earlier values of the secret, by commas: what they signed or encrypted still opens."
+    )
+    cache_encrypt: bool = Field(
+        False,
+        description="Encrypts what is kept in Redis, with a key made of the secret; what is plain there is a miss.",
+    )
     cache_stale_while_revalidate_s: int = Field(
         0, ge=0, description="How long past its time a recording still answers, while one call refreshes it; 0: not."
     )
@@ -216,6 +223,19 @@ class Settings(BaseSettings):
             raise ValueError("16 to 64 characters are needed")
         return value
 
+    @field_validator("cache_old_secrets", mode="after")
+    @classmethod
+    def _each_is_long_enough(cls, value: SecretStr | None) -> SecretStr | None:
+        for secret in value.get_secret_value().split(",") if value else ():
+            cls._is_long_enough(SecretStr(secret.strip()))
+        return value
+
+    @model_validator(mode="after")
+    def _secrets_agree(self) -> Self:
+        if (self.cache_encrypt or self.cache_old_secrets) and self.cache_secret is None:
+            raise ValueError("REFRAIN_CACHE_ENCRYPT and REFRAIN_CACHE_OLD_SECRETS need REFRAIN_CACHE_SECRET")
+        return self
+
     @model_validator(mode="after")
     def _redis_options_agree(self) -> Self:
         if (self.redis_sentinel or self.redis_cluster) and self.redis_url is None:
@@ -230,6 +250,14 @@ class Settings(BaseSettings):
     def adapter_places(self) -> int:
         """How many adapters can be served at one time; 0 leaves LoRA off, which costs base calls their speed."""
         return max(self.max_adapters, len(self.adapter_names))
+
+    @property
+    def cache_secrets(self) -> list[bytes]:
+        """The secret, and the older ones after it; none is none."""
+        if self.cache_secret is None:
+            return []
+        older = self.cache_old_secrets.get_secret_value().split(",") if self.cache_old_secrets else []
+        return [secret.encode() for secret in (self.cache_secret.get_secret_value(), *map(str.strip, older))]
 
     @property
     def cache_keep_s(self) -> int:

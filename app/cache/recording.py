@@ -1,28 +1,25 @@
 """A recording: one complete, successful answer in its wire form, and its bytes in Redis.
 
 ```
-"RFR2" · flags (1 byte, bit 0: zstd) · BLAKE2b-128 over key, flags and content · content
+"RFR2" · flags (1 byte, bit 0: zstd) · content, closed under key and flags (`seal.py`)
 ```
-The tag covers the key, so a value that was cut short, bit-flipped, written by somebody else, or moved
-to another key does not open. With `cache_secret` the digest is keyed (a MAC): what others wrote does not open.
+A value that was cut short, bit-flipped, written by somebody else, or moved to another key does not open.
 Content is a msgpack array, compressed above a size.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 from typing import Final
 
 import msgspec
 import zstandard
 
+from app.cache.seal import NotOurs, Purpose, Seal
 from app.domain import Form
 from app.errors import BrokenRecording
 
 MAGIC: Final = b"RFR2"
-TAG_BYTES: Final = 16
-_HEADER_BYTES: Final = len(MAGIC) + 1 + TAG_BYTES
+_HEADER_BYTES: Final = len(MAGIC) + 1
 _ZSTD: Final = 1
 # A recording that says it unpacks to more than this was not written by us.
 _MAX_UNPACKED_BYTES: Final = 256 * 2**20
@@ -81,29 +78,37 @@ _compressor = zstandard.ZstdCompressor(level=3)
 _decompressor = zstandard.ZstdDecompressor()
 
 
-def pack(recording: Recording, key: str, *, compress_above_bytes: int, secret: bytes = b"") -> bytes:
-    """The value for Redis; with a secret nobody without it can make another."""
+UNSIGNED: Final = Seal(Purpose.RECORD)
+
+
+def pack(recording: Recording, key: str, *, compress_above_bytes: int, seal: Seal = UNSIGNED) -> bytes:
+    """The value for Redis."""
     content, flags = _encoder.encode(recording), 0
     if len(content) > compress_above_bytes:
         content, flags = _compressor.compress(content), _ZSTD
-    return MAGIC + bytes((flags,)) + _tag(key, flags, content, secret) + content
+    return MAGIC + bytes((flags,)) + seal.close(content, _name(key, flags))
 
 
-def unpack(value: bytes, key: str, *, secret: bytes = b"") -> Recording:
-    """The recording that `pack` wrote for this key with this secret.
+def unpack(value: bytes, key: str, *, seal: Seal = UNSIGNED) -> Recording:
+    """The recording that `pack` wrote for this key with such a seal.
 
     Raises:
         BrokenRecording: anything else.
     """
     if len(value) < _HEADER_BYTES or not value.startswith(MAGIC):
         raise BrokenRecording("foreign")
-    flags, tag, content = value[4], value[5:_HEADER_BYTES], value[_HEADER_BYTES:]
-    if not hmac.compare_digest(tag, _tag(key, flags, content, secret)):
-        raise BrokenRecording("corrupt")
+    flags = value[4]
     try:
+        content = seal.open(value[_HEADER_BYTES:], _name(key, flags))
         return _decoder.decode(_decompressed(content) if flags & _ZSTD else content)
+    except NotOurs:
+        raise BrokenRecording("corrupt") from None
     except (ValueError, zstandard.ZstdError, MemoryError) as error:  # msgspec's errors, and bad UTF-8, are ValueErrors
         raise BrokenRecording("unreadable") from error
+
+
+def _name(key: str, flags: int) -> bytes:
+    return key.encode() + bytes((flags,))
 
 
 def _decompressed(content: bytes) -> bytes:
@@ -111,10 +116,3 @@ def _decompressed(content: bytes) -> bytes:
     if not 0 <= zstandard.frame_content_size(content) <= _MAX_UNPACKED_BYTES:
         raise BrokenRecording("unreadable")
     return _decompressor.decompress(content)
-
-
-def _tag(key: str, flags: int, content: bytes, secret: bytes = b"") -> bytes:
-    digest = hashlib.blake2b(key.encode(), digest_size=TAG_BYTES, key=secret, person=b"refrain.record")
-    digest.update(bytes((flags,)))
-    digest.update(content)
-    return digest.digest()

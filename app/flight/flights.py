@@ -20,6 +20,7 @@ from contextlib import aclosing, asynccontextmanager, contextmanager
 
 from app import wire
 from app.cache.link import Link
+from app.cache.seal import Purpose, Seal
 from app.domain import Endpoint
 from app.errors import AppError, Broken, Diverged, Draining, EngineFailed, Incomplete, LeaseLost, RedisDown
 from app.flight import names
@@ -27,7 +28,7 @@ from app.flight.flight import Flight, Seat, Ticket, lost
 from app.flight.hold import Hold
 from app.flight.idempotency import Claims
 from app.flight.lease import Boarded, Lease, Leases
-from app.flight.live import Following, Reader, Seal, Told
+from app.flight.live import Following, Reader, Script, Told
 from app.flight.logbook import DIVERGED, LogBook, Unreadable
 from app.flight.names import Position
 from app.flight.publisher import Publisher
@@ -50,11 +51,10 @@ class Flights:
     def __init__(self, settings: Settings, link: Link, url: str, *, is_alone: bool) -> None:
         self._settings = settings
         self._is_alone = is_alone
-        secret = settings.cache_secret.get_secret_value().encode() if settings.cache_secret else None
-        self._seal = Seal(secret)
+        self._script = Script(Seal(Purpose.LIVE, settings.cache_secrets, encrypts=settings.cache_encrypt))
         self._leases = Leases(settings, link)
         self.claims = Claims(settings, self._leases)
-        self._reader = Reader(settings, link, url, self._seal)
+        self._reader = Reader(settings, link, url, self._script)
         self._by_key: dict[str, Flight] = {}
         self._by_uid: dict[str, Flight] = {}
         self._kept: dict[str, Flight] = {}
@@ -234,7 +234,7 @@ class Flights:
         if lease is None:
             yield None
             return
-        publisher = Publisher(flight, lease, self._seal, self._settings)
+        publisher = Publisher(flight, lease, self._script, self._settings)
         self._held[flight] = lease
         try:
             yield publisher
