@@ -519,7 +519,8 @@ class Service:
         parts = wire.split_usage(call.endpoint, kept.events)
         recording = self._recording(call, plan, Form.EVENTS, document, parts, began)
         is_counted = plan.shape.is_cuttable and kept.counts[-1] == recording.completion_tokens
-        recording = recording.counting(counts=kept.counts if is_counted else None, body=wire.dump(document))
+        counts = wire.boundaries(call.endpoint, kept.events, kept.counts) if is_counted else None
+        recording = recording.counting(counts=counts, body=wire.dump(document))
         await self._keep(call, plan, standing, recording)
 
     def _recording(

@@ -194,7 +194,11 @@ class Settings(BaseSettings):
     redis_cluster: bool = Field(False, description="redis_url is a node of a Redis Cluster.")
     redis_timeout_s: float = Field(0.25, gt=0, description="Longest a request waits for Redis before it goes on alone.")
     redis_max_memory_mib: int = Field(256, ge=8, description="Memory of the embedded server; it evicts above that.")
-    redis_namespace: str = Field("refrain", min_length=1, description="First part of every Redis key.")
+    redis_namespace: str = Field(
+        "refrain",
+        pattern=r"^[^\s{}\[\]*?\\^]+$",  # a brace would be a Cluster's hash tag, the others a pattern's
+        description="First part of every Redis key; without blanks, brackets, braces, * and ?.",
+    )
 
     # keys
     keys_file: Path | None = Field(None, description="API keys, hashed; by default keys.json under home.")

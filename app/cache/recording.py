@@ -34,8 +34,9 @@ class Recording(msgspec.Struct, frozen=True, array_like=True):
     whose answer it is. Times are unix seconds.
 
     The rest is what tells which other calls it serves (`reuse.py`): the shape of the call that it was made for,
-    whether it `ended` by itself, the tokens generated up to each event (`counts`) and in each choice. `body` is what
-    the events fold into, since to fold them again would double the time of a hit.
+    whether it `ended` by itself, the tokens generated up to each event that it can be cut at (`counts`; 0 elsewhere)
+    and in each choice, and `most`, the limit that the engine went by, where its answer tells it. `body` is what the
+    events fold into, since to fold them again would double the time of a hit.
     """
 
     form: Form
@@ -57,6 +58,7 @@ class Recording(msgspec.Struct, frozen=True, array_like=True):
     counts: list[int] | None = None
     body: bytes = b""
     choice_tokens: list[int] | None = None
+    most: int | None = None
 
     def content(self, *, with_usage: bool = True) -> bytes:
         return self.head + self.usage + self.tail if with_usage else self.head + self.tail

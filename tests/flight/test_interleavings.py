@@ -24,6 +24,7 @@ from app.domain import Endpoint, Timings
 from app.flight.flight import Flight, Ticket
 from app.flight.flights import Flights
 from app.flight.ride import Ride
+from app.settings import Settings
 from tests.conftest import RedisServer, make_settings
 
 WORDS = [f"w{number} " for number in range(8)]
@@ -69,10 +70,9 @@ class World:
 
 
 class Server:
-    def __init__(self, home: Path, redis: RedisServer, namespace: str) -> None:
-        options = make_settings(home, redis, redis_namespace=namespace, flight_lease_s=LEASE_S)
-        self.link = Link(options, redis.url)
-        self.flights = Flights(options, self.link, redis.url, is_alone=False)
+    def __init__(self, options: Settings, url: str) -> None:
+        self.link = Link(options, url)
+        self.flights = Flights(options, self.link, url, is_alone=False)
 
     async def die(self) -> None:
         async def silence(_: object) -> None:
@@ -120,7 +120,8 @@ class Interleavings(RuleBasedStateMachine):
         self.servers = [self._server(), self._server()]
 
     def _server(self) -> Server:
-        return Server(self.home, self.redis, self.namespace)
+        options = make_settings(self.home, self.redis, redis_namespace=self.namespace, flight_lease_s=LEASE_S)
+        return Server(options, self.redis.url)
 
     def run(self, work) -> None:
         self.runner.run(work)

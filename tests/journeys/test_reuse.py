@@ -36,6 +36,21 @@ def test_a_longer_answer_serves_smaller_limits_cut_at_the_token(server: Running)
     assert post(server, chat(max_tokens=12)).headers["x-cache"] == "hit", "and the longer one serves them all"
 
 
+def test_messages_are_cut_too_in_either_form(server: Running) -> None:
+    body = chat(max_tokens=12)
+    with server.client() as client:
+        whole = client.post("/v1/messages", json=body).json()["content"][0]["text"]
+        cut = client.post("/v1/messages", json=body | {"max_tokens": 5})
+        streamed = client.post("/v1/messages", json=body | {"max_tokens": 5, "stream": True})
+    words = "".join(f"{word} " for word in whole.split()[:5])
+    assert (cut.headers["x-cache"], streamed.headers["x-cache"]) == ("hit", "hit")
+    assert cut.json()["content"] == [{"type": "text", "text": words}]
+    assert (cut.json()["stop_reason"], cut.json()["usage"]["output_tokens"]) == ("max_tokens", 5)
+    kinds = [line[7:] for line in streamed.text.splitlines() if line.startswith("event: ")]
+    assert kinds[:2] == ["message_start", "content_block_start"]
+    assert kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
+
+
 def test_what_cannot_be_cut_is_kept_beside_and_both_stay_hits(server: Running) -> None:
     """A tool call cut short is none; so each limit has an answer of its own, and neither drives the other out."""
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
