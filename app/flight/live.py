@@ -13,9 +13,9 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import msgspec
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import ResponseError
 
-from app.cache.link import Link, client
+from app.cache.link import FAILURES, Link, client
 from app.cache.seal import NotOurs, Seal
 from app.errors import AppError, RedisDown
 from app.flight import names
@@ -170,7 +170,7 @@ class Reader:
                 await self._wanted.wait()
             try:
                 await self._read()
-            except (RedisError, OSError) as error:  # who follows finds out by its lease whether Redis is gone
+            except FAILURES as error:  # who follows finds out by its lease whether Redis is gone
                 log.debug("a read of live streams failed: %s", error)
                 await asyncio.sleep(RETRY_S)
 
