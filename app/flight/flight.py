@@ -153,7 +153,7 @@ class Seat:
     """One client's place on a flight. `is_first`: it took off for this one; all others share it.
 
     `read`: how many of the flight's events it has had. `is_reading`: it reads them one by one, and has not been put
-    off. `leave`: give the place up before its context ends.
+    off. `held_up_s`: how long others waited for it. `leave`: give the place up before its context ends.
     """
 
     def __init__(
@@ -163,6 +163,7 @@ class Seat:
         self.is_first = is_first
         self.is_reading = is_streaming
         self.read = position.number if position else 0
+        self.held_up_s = 0.0
         self.leave: Callable[[], None] = lambda: None
         self._position = position
         # Kept streams are found again under names of their own, whoever generates them by then.

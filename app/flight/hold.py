@@ -5,9 +5,9 @@ or back any more (who asks the same gets a flight of its own), it is published n
 has read is dropped. So what it still holds is the backlog of whoever reads slowest:
 
 ```
-all aboard read slowly       the generation waits for them
-some have read all           who is a whole limit behind is put off, and gets an error event
-nothing is read for STALL_S  the same
+nobody has read all      the generation waits for them, for as long as they read on
+some have read all       they wait for who is behind, PATIENCE_S in all; then it is put off, with an error event
+nothing is read at all   the same after PATIENCE_S
 ```
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -22,8 +23,8 @@ from app.flight.flight import Flight, Seat
 from app.observe import metrics
 from app.settings import Settings
 
-# How long a generation waits for a client that reads nothing at all.
-STALL_S = 10.0
+# How long a generation waits for a client that reads nothing, and how long one client may make others wait.
+PATIENCE_S = 10.0
 # What each flight may hold of its clients' backlog even where all together are beyond their limit.
 FLOOR_BYTES = 64 * 2**10
 
@@ -34,7 +35,7 @@ class Hold:
     def __init__(self, settings: Settings, spawn: Callable[[Coroutine[Any, Any, None], str], object]) -> None:
         self._each_bytes = settings.flight_max_bytes
         self._all_bytes = settings.flights_max_bytes
-        self._stall_s = STALL_S
+        self._patience_s = PATIENCE_S
         self._spawn = spawn
         self._flights: set[Flight] = set()
         self._bytes = 0
@@ -55,21 +56,20 @@ class Hold:
     async def room(self, flight: Flight) -> None:
         """Wait until those aboard a closed flight have read enough of it; who holds it up for too long is put off."""
         while self._is_over(flight) and (readers := flight.readers):
-            slowest = min(readers, key=lambda seat: seat.read)
-            if not await self._reads_on(slowest):
+            slowest, began = min(readers, key=lambda seat: seat.read), time.monotonic()
+            has_read = await self._has_read_on(slowest)
+            if any(seat.read == flight.said for seat in readers):
+                slowest.held_up_s += time.monotonic() - began
+            if not has_read or slowest.held_up_s > self._patience_s:
                 metrics.flight_put_off.inc()
                 slowest.put_off()
 
-    async def _reads_on(self, slowest: Seat) -> bool:
-        """Whether it does within STALL_S, and before somebody who has read all would have to wait for it."""
-        flight, before = slowest.flight, slowest.read
+    async def _has_read_on(self, seat: Seat) -> bool:
+        """Whether there is no need to wait for it any more, within PATIENCE_S."""
+        flight, before = seat.flight, seat.read
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._stall_s):
-                while slowest in flight.seats and slowest.read == before and self._is_over(flight):
-                    if flight.size_bytes > self._each_bytes and any(
-                        seat.read == flight.said for seat in flight.readers
-                    ):
-                        return False
+            async with asyncio.timeout(self._patience_s):
+                while seat in flight.seats and seat.read == before and self._is_over(flight):
                     await flight.news()
                 return True
         return False

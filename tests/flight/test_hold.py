@@ -103,7 +103,10 @@ async def test_who_comes_late_to_a_closed_flight_gets_one_of_his_own(flights: Fl
     assert model.runs == 2
 
 
-async def test_who_reads_slowly_is_put_off_where_others_have_read_all(flights: Flights) -> None:
+async def test_who_reads_slowly_is_put_off_where_others_have_read_all(
+    flights: Flights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flights._hold, "_patience_s", 0.3)
     model, before = Model(), metrics.flight_put_off._value.get()
     with ExitStack() as seats:
         fast, slow = (seats.enter_context(flights.board(ticket(), model.fly, is_streaming=True)) for _ in range(2))
@@ -115,8 +118,20 @@ async def test_who_reads_slowly_is_put_off_where_others_have_read_all(flights: F
     assert metrics.flight_put_off._value.get() == before + 1
 
 
+async def test_who_comes_aboard_at_the_last_moment_has_time_to_catch_up(flights: Flights) -> None:
+    model = Model()
+    with flights.board(ticket(), model.fly, is_streaming=True) as first:
+        reading = asyncio.create_task(read(first))
+        while first.flight.size_bytes < LIMIT - 2 * len(EVENT):
+            await asyncio.sleep(0)
+        assert not first.flight.is_closed
+        with flights.board(ticket(), model.fly, is_streaming=True) as second:
+            assert await asyncio.gather(reading, read(second)) == [EVENTS, EVENTS]
+    assert model.runs == 1
+
+
 async def test_who_reads_nothing_is_put_off_in_time(flights: Flights, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flights._hold, "_stall_s", 0.1)
+    monkeypatch.setattr(flights._hold, "_patience_s", 0.1)
     model = Model()
     with flights.board(ticket(), model.fly, is_streaming=True) as seat:
         await settled(lambda: seat.flight.is_over)
