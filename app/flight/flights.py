@@ -24,7 +24,7 @@ from app.cache.seal import Purpose, Seal
 from app.domain import Endpoint
 from app.errors import AppError, Broken, Diverged, Draining, EngineFailed, Incomplete, LeaseLost, RedisDown
 from app.flight import names
-from app.flight.flight import Flight, Seat, Ticket, lost
+from app.flight.flight import Flight, Seat, Ticket, lost, settle
 from app.flight.hold import Hold
 from app.flight.idempotency import Claims
 from app.flight.lease import Boarded, Lease, Leases
@@ -46,7 +46,8 @@ FIND_S = 0.5
 
 
 class Flights:
-    """All flights of this process. `is_alone`: no other process shares the Redis, so nothing is published there."""
+    """All flights of this process. `is_alone`: no other process shares the Redis, so nothing is published there.
+    `on_rest` hears of device-seconds that no client aboard paid for."""
 
     def __init__(self, settings: Settings, link: Link, url: str, *, is_alone: bool) -> None:
         self._settings = settings
@@ -61,6 +62,7 @@ class Flights:
         self._held: dict[Flight, Lease] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._hold = Hold(settings, self._spawn)
+        self.on_rest: Callable[[Ticket, float], None] = lambda ticket, device_s: None
 
     async def close(self) -> None:
         """End what flies here. Other processes that follow carry it on."""
@@ -131,6 +133,7 @@ class Flights:
         flight.wake()
         if not flight.seats:
             self._hold.leave(flight) if flight.is_over else self._deserted(flight)
+        self._settle_rest(flight)
 
     def _deserted(self, flight: Flight) -> None:
         if not _is_awaited(flight) and flight not in self._held:
@@ -354,7 +357,13 @@ class Flights:
             flight.uid = uid
             self._by_uid[uid] = flight
 
+    def _settle_rest(self, flight: Flight) -> None:
+        """What the engine did that no client was there to pay for is told of, once that is sure."""
+        if flight.is_over and not flight.seats and (rest_s := settle(flight)) > 0:
+            self.on_rest(flight.ticket, rest_s)
+
     def _landed(self, flight: Flight) -> None:
+        self._settle_rest(flight)
         if self._by_key.get(flight.ticket.key) is flight:
             del self._by_key[flight.ticket.key]
         if not flight.seats:

@@ -100,7 +100,7 @@ def serve_clustered(serve: Callable[..., Running], cluster: Cluster) -> Callable
 
 @given(
     st.binary(min_size=32, max_size=32).map(bytes.hex),
-    st.text(alphabet=st.characters(exclude_characters="{}"), max_size=20),
+    st.text(alphabet=st.characters(codec="utf-8", exclude_characters="{}"), max_size=20),
 )
 def test_all_names_of_a_flight_are_in_one_slot(key: str, namespace: str) -> None:
     """Else a script that names them would be refused."""
