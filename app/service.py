@@ -375,7 +375,8 @@ class Service:
         """
         timings = Timings(cache_s=looked_s)
         if position is not None:
-            async with self.flights.resume(position, self._owned_by(call.caller)) as seat:
+            owners = self._owned_by(call.caller)
+            async with self.flights.resume(position, owners, here_alone=plan.is_shared) as seat:
                 if seat is not None:
                     metrics.child(metrics.resumed, "flight").inc()
                     ride = Ride(seat, True, position.wants_usage, call.body, timings)

@@ -106,9 +106,17 @@ class Flights:
                 log.warning("a refresh was given up, and what is there stays: %s", error)
 
     @asynccontextmanager
-    async def resume(self, position: Position, owners: Collection[str]) -> AsyncIterator[Seat | None]:
-        """A seat on a flight that this client was on, here or elsewhere; None where it cannot be found any more."""
-        flight = self._by_uid.get(position.uid) or await self._found_elsewhere(position.uid)
+    async def resume(
+        self, position: Position, owners: Collection[str], *, here_alone: bool = False
+    ) -> AsyncIterator[Seat | None]:
+        """A seat on a flight that this client was on, here or elsewhere; None where it cannot be found any more.
+
+        `here_alone`: elsewhere it is not looked for. Who knows the call boards with the position instead, and can then
+        carry on what its leader left.
+        """
+        flight = self._by_uid.get(position.uid)
+        if flight is None and not here_alone:
+            flight = await self._found_elsewhere(position.uid)
         if flight is None or flight.is_closed or flight.ticket.owner not in owners:
             yield None
             return

@@ -111,11 +111,11 @@ class Client:
             await self._read(seat)
 
     async def come_back(self, world: World, key: str) -> None:
-        """As a POST with `Last-Event-ID` does: the stream where it still is, else the same generated again."""
+        """As a POST with `Last-Event-ID` does: the stream if it is here, else aboard whatever flies of it, or anew."""
         while not self.is_whole:
             with contextlib.suppress(StreamLost):  # its server died after all: once more
                 if self.seen is not None:
-                    async with self.server.flights.resume(self.seen, [OWNER]) as seat:
+                    async with self.server.flights.resume(self.seen, [OWNER], here_alone=True) as seat:
                         if seat is not None:
                             await self._read(seat)
                             continue
