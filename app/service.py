@@ -90,6 +90,7 @@ class Boarding:
     status: CacheStatus
     weights: str
     key: str | None
+    model: str
     alone: Callable[[], Awaitable[Reply]] | None = None
     instead: Callable[[AppError], Awaitable[Reply]] | None = None
 
@@ -101,16 +102,17 @@ class Boarding:
         """Raises AppError: refused or broken before there was anything to send."""
         try:
             answer = await self.ride.answer()
-        except Incomplete:  # the shared stream has no body in it (a tool's input that was cut short)
+        except Incomplete:  # the shared stream has no body in it: a tool's input cut short, or too much to be held
             if self.alone is None:
                 raise
+            self.ride.seat.leave()
             return await self.alone()
         except AppError as error:
             if self.instead is None:
                 raise
             return await self.instead(error)
         status = self.status if self.ride.seat.flight.is_led_here else CacheStatus.SHARED
-        metrics.child(metrics.calls, self.endpoint.label, status.value).inc()
+        metrics.child(metrics.calls, self.endpoint.label, status.value, self.model).inc()
         return Reply(answer, status, self.weights, self.key, stream_id=self.ride.stream_id)
 
 
@@ -172,7 +174,7 @@ class Service:
         weights = serving.weights
         reason = self._why_bypass(call, weights, directives)
         if reason is not None:
-            metrics.bypasses.labels(reason).inc()
+            metrics.child(metrics.bypasses, call.endpoint.label, weights.name, reason).inc()
             return Plan(serving, None, Shape(), False, False, directives, reason)
         relaxed, shape = reuse.family(call)
         key = cache_key(relaxed, weights, tenant=self._scope(call.caller))
@@ -329,7 +331,8 @@ class Service:
 
     def _reply(self, call: Call, plan: Plan, held: Held, status: CacheStatus, answer: Answer) -> Reply:
         found = held.recording
-        metrics.hits.add(call.endpoint.label, status.value, found.prompt_tokens, found.completion_tokens, found.seconds)
+        model, tokens = plan.serving.weights.name, (found.prompt_tokens, found.completion_tokens)
+        metrics.hits.add(call.endpoint.label, status.value, model, *tokens, found.seconds)
         return Reply(answer, status, found.weights, plan.slot.key if plan.slot else None, int(age_s(found)))
 
     def _stale_s(self, plan: Plan, age: float) -> float:
@@ -385,13 +388,15 @@ class Service:
         """
         timings = Timings(cache_s=looked_s)
         if position is not None:
-            async with self.flights.resume(position, self._owned_by(call.caller)) as seat:
+            owners = self._owned_by(call.caller)
+            async with self.flights.resume(position, owners, here_alone=plan.is_shared) as seat:
                 if seat is not None:
                     metrics.child(metrics.resumed, "flight").inc()
                     ride = Ride(seat, True, position.wants_usage, call.body, timings)
                     key = plan.slot.key if plan.slot else None
+                    model = plan.serving.weights.name
                     with ride.paid():
-                        yield Boarding(ride, CacheStatus.SHARED, seat.flight.ticket.weights, key)
+                        yield Boarding(ride, CacheStatus.SHARED, seat.flight.ticket.weights, key, model)
                     return
             if not plan.is_shared:
                 raise lost()
@@ -417,11 +422,14 @@ class Service:
                     status,
                     plan.serving.weights.short,
                     plan.slot.key if plan.slot else None,
+                    model=plan.serving.weights.name,
                     alone=lambda: self._alone(call, plan),
                     instead=lambda error: self._instead(call, plan, error),
                 )
             if seat.flight.is_finished and not (seat.is_first and seat.flight.is_led_here):
-                metrics.hits.save(seat.flight.timings.prompt_tokens or 0, seat.flight.timings.completion_tokens or 0)
+                timings = seat.flight.timings
+                saved = (timings.prompt_tokens or 0, timings.completion_tokens or 0)
+                metrics.hits.save(plan.serving.weights.name, *saved)
 
     @asynccontextmanager
     async def back_aboard(self, position: Position | None, caller: Caller) -> AsyncIterator[Boarding]:
@@ -433,8 +441,9 @@ class Service:
                 raise NotFound("there is no such stream any more; ask again")
             metrics.child(metrics.resumed, "flight").inc()
             ride = Ride(seat, True, position.wants_usage, {}, Timings())
+            weights = seat.flight.ticket.weights
             with ride.paid():
-                yield Boarding(ride, CacheStatus.SHARED, seat.flight.ticket.weights, None)
+                yield Boarding(ride, CacheStatus.SHARED, weights, None, self.catalog.called(weights.rpartition("@")[0]))
 
     async def _alone(self, call: Call, plan: Plan) -> Reply:
         """A body generated for this call by itself. Raises AppError."""
@@ -490,7 +499,7 @@ class Service:
                 async for event in events:
                     yield event
         except BadCall as error:  # the same call will not be better in a moment
-            if flight.ticket.is_shared and not flight.events:
+            if flight.ticket.is_shared and not flight.said:
                 self._refusals.remember(f"{flight.ticket.key} {flight.is_stream}", error)
             raise
 
@@ -555,7 +564,8 @@ class Service:
         parts = wire.split_usage(call.endpoint, kept.events)
         recording = self._recording(call, plan, Form.EVENTS, document, parts, began)
         is_counted = plan.shape.is_cuttable and kept.counts[-1] == recording.completion_tokens
-        recording = recording.counting(counts=kept.counts if is_counted else None, body=wire.dump(document))
+        counts = wire.boundaries(call.endpoint, kept.events, kept.counts) if is_counted else None
+        recording = recording.counting(counts=counts, body=wire.dump(document))
         await self._keep(call, plan, standing, recording)
 
     def _recording(
@@ -594,7 +604,7 @@ def _fitted(held: Held, plan: Plan) -> Held | None:
         rule = reuse.rule(held.recording, shape, plan.serving.weights.max_model_len)
         if rule is None or rule is Rule.SAME or rule is Rule.ENDED:
             return (rule, None), 0
-        cut = Held(forms.cut_to_measure(held.recording, shape, rule))
+        cut = held.part(forms.cut_to_measure(held.recording, shape, rule))
         return (rule, cut), cut.size_bytes
 
     rule, cut = held.replay(shape, fit)

@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any, NamedTuple
 
-from cachetools import LRUCache
 from starlette.types import Receive, Scope, Send
 
 from app import wire
@@ -27,6 +26,7 @@ from app.flight.names import Position, position
 from app.gate.keys import Gate
 from app.ledger.record import Record
 from app.observe import logs, metrics
+from app.observe.bounded import Recent
 from app.service import Boarding, Plan, Service
 from app.serving import Catalog
 from app.settings import Settings
@@ -81,7 +81,7 @@ class AnswerRoute:
         self._gate = gate
         self._settings = settings
         self._text_bytes = settings.ledger_text_bytes
-        self._memo: LRUCache[_Question, _Understood] = LRUCache(MEMO_BYTES, lambda known: known.memory_bytes)
+        self._memo: Recent[_Question, _Understood] = Recent("calls", MEMO_BYTES, lambda known: known.memory_bytes)
         self._memo_of = service.catalog
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
