@@ -20,9 +20,10 @@ from starlette.types import Receive, Scope, Send
 
 from app import wire
 from app.api.body import parse, read
+from app.api.deadline import time_left
 from app.cache.policy import directives
 from app.domain import CacheStatus, Call, Caller, Endpoint, Reply, Timings
-from app.errors import AppError, BadCall, Broken, Draining, EngineFailed, UnknownModel
+from app.errors import AppError, BadCall, Broken, DeadlineExceeded, Draining, EngineFailed, UnknownModel
 from app.flight.names import Position, position
 from app.gate.keys import Gate
 from app.observe import logs, metrics
@@ -92,8 +93,11 @@ class AnswerRoute:
             fields["cache"] = status.value
             await _send(reply, send)
         else:
-            aboard = self._service.aboard(call, plan, looked_s=time.perf_counter() - looking, position=came_back)
-            status, timings = await answer_aboard(aboard, call.endpoint, self._settings, receive, send)
+            within_s = time_left(headers.get(b"x-request-timeout"), self._settings, time.perf_counter() - began)
+            aboard = self._service.aboard(
+                call, plan, looked_s=time.perf_counter() - looking, position=came_back, within_s=within_s
+            )
+            status, timings = await answer_aboard(aboard, call.endpoint, self._settings, receive, send, within_s)
             fields["cache"] = status.value
         if timings.completion_tokens is not None:
             fields["in"], fields["out"] = timings.prompt_tokens, timings.completion_tokens
@@ -158,16 +162,21 @@ async def answer_aboard(
     settings: Settings,
     receive: Receive,
     send: Send,
+    within_s: float | None = None,
 ) -> tuple[CacheStatus, Timings]:
     """Answer a client with the flight that it is on, while it is there. Raises what it raises, before the first byte.
 
-    `endpoint` is known beforehand where the client made the call, and not where it only comes back to it.
+    `endpoint` is known beforehand where the client made the call, and not where it only comes back to it. After
+    `within_s` its time is up: it leaves the flight, which goes on only where somebody else wants it.
     """
     stream = _Stream(send, settings.keep_alive_s, endpoint)
     work = asyncio.create_task(_answer(aboard, stream, send), name="answer")
     gone = asyncio.create_task(_gone(receive), name="client-gone")
     try:
-        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait({work, gone}, timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            await _stop_late(work, stream)
+            return stream.status, Timings()
         if not work.done():
             metrics.left.inc()
             log.info("the client left; its generation goes on only where somebody else wants it")
@@ -185,6 +194,17 @@ async def answer_aboard(
         for task in (work, gone):
             task.cancel()
         await asyncio.wait({work, gone})
+
+
+async def _stop_late(work: asyncio.Task[Timings], stream: _Stream) -> None:
+    """Leave the flight, which frees the engine, and then say so. Raises DeadlineExceeded where nothing was sent yet."""
+    metrics.deadlines_missed.inc()
+    work.cancel()
+    await asyncio.wait({work})
+    late = DeadlineExceeded("the time for this call was up before its answer was complete")
+    if not stream.started:
+        raise late
+    await stream.fail(late)
 
 
 async def _answer(aboard: AbstractAsyncContextManager[Boarding], stream: _Stream, send: Send) -> Timings:
@@ -380,7 +400,7 @@ def _phases(timings: Timings) -> list[tuple[str, float]]:
         return [] if timings.cache_s is None else [("cache", timings.cache_s)]
     phases = (
         ("cache", timings.cache_s),
-        ("queue", timings.queue_s),
+        ("queue", timings.queue_s + timings.waited_s),
         ("prefill", timings.prefill_s),
         ("decode", timings.decode_s),
     )

@@ -153,6 +153,7 @@ def _mount_health(app: FastAPI, service: Service, swapper: Swapper) -> None:
     @app.get("/metrics")
     async def prometheus() -> Response:
         metrics.engine_ready.set(service.engine.state.phase is Phase.READY)
+        service.admission.tell()
         metrics.engine_restarts.set(service.engine.state.restarts)
         return Response(metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
