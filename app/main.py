@@ -19,9 +19,9 @@ import uvicorn
 from fastapi import FastAPI
 
 from app import __version__
-from app.api.corked import CorkedProtocol
 from app.api.docs import mount_docs
-from app.api.edge import Edge
+from app.api.edge import Edge, Ends
+from app.api.hot import STATE, HotHits, HotProtocol
 from app.api.routes import mount_routes
 from app.cache.embedded import EmbeddedRedis
 from app.cache.link import Link
@@ -74,7 +74,7 @@ def create_app(
     access = AccessLog(settings.log_format) if settings.access_log else None
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
         async with AsyncExitStack() as stack:
             if access is not None:
                 await stack.enter_async_context(access)
@@ -91,7 +91,7 @@ def create_app(
             stack.push_async_callback(swapper.close)
             await swapper.start()
             stack.push_async_callback(flights.close)
-            yield
+            yield {STATE: HotHits(answering, ends)}
 
     app = FastAPI(
         title="Refrain", version=__version__, lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None
@@ -99,7 +99,8 @@ def create_app(
     app.state.service = service
     answering = mount_routes(app, service, gate, settings, swapper)
     mount_docs(app)
-    app.add_middleware(Edge, direct=answering, access=access)
+    ends = Ends(access)
+    app.add_middleware(Edge, direct=answering, ends=ends)
     return app
 
 
@@ -282,19 +283,25 @@ def run(settings: Settings, app: FastAPI, on_listening: Callable[[str], None]) -
     Raises:
         StartRefused: the address cannot be bound.
     """
-    config = uvicorn.Config(
+    server = Server(uvicorn_config(settings, app), app, on_listening)
+    with _bound(settings) as listener, contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets=[listener])
+    return server.started
+
+
+def uvicorn_config(settings: Settings, app: FastAPI) -> uvicorn.Config:
+    """How uvicorn serves the app; on other ASGI servers it works too, with slower hits."""
+    return uvicorn.Config(
         app,
-        http=CorkedProtocol,
+        host=settings.host,
+        port=settings.port,
+        http=HotProtocol,
         log_config=None,
         access_log=False,
         server_header=False,
         proxy_headers=False,  # nothing here depends on the client's address
         timeout_graceful_shutdown=max(1, round(settings.drain_s)),
     )
-    server = Server(config, app, on_listening)
-    with _bound(settings) as listener, contextlib.suppress(KeyboardInterrupt):
-        server.run(sockets=[listener])
-    return server.started
 
 
 def _bound(settings: Settings) -> socket.socket:

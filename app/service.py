@@ -36,7 +36,7 @@ from app.cache.recording import Recording
 from app.cache.refusals import Refusals
 from app.cache.reuse import Rule, Shape, reads_the_same_streamed
 from app.cache.store import Slot, Store, age_s, jittered
-from app.domain import CacheStatus, Call, Caller, Endpoint, Form, Reply, Timings, Weights
+from app.domain import Answer, CacheStatus, Call, Caller, Endpoint, Form, Reply, Timings, Weights
 from app.engine import Engine, Phase
 from app.errors import AppError, BadCall, Draining, Incomplete, NotCached, NotFound, UnknownModel
 from app.flight.flight import Flight, Ticket, lost
@@ -49,6 +49,8 @@ from app.settings import Settings
 
 # In place of a tenant where everybody shares; no tenant can be called so.
 EVERYBODY = "*"
+# A longer answer leaves in pieces, so that it neither blocks the loop nor fills a buffer.
+AT_HAND_BYTES = 64 * 2**10
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,11 +291,36 @@ class Service:
             raise NotCached("the answer is not in the cache, and the request allows nothing else")
         return None
 
+    def at_hand(self, call: Call, plan: Plan) -> Reply | None:
+        """What `recall` would give, where this process holds it and it is within its time; asks nobody.
+
+        Its `answer.body` is all that is to be sent, also of a stream.
+        """
+        if plan.slot is None or not plan.may_read or plan.samples:
+            return None
+        began = time.perf_counter()
+        held = self.store.held(plan.slot)
+        if held is None or len(held.recording.head) > AT_HAND_BYTES:
+            return None
+        age = age_s(held.recording)
+        if not plan.directives.accepts(age) or self._stale_s(plan, age) > 0:
+            return None
+        fitting = _fitted(held, plan)
+        if fitting is None:
+            return None
+        metrics.hits.near += 1
+        answer = Answer(body=forms.replay(fitting, call), timings=forms.timings_of(fitting.recording))
+        reply = self._reply(call, plan, fitting, CacheStatus.HIT, answer)
+        answer.timings.cache_s = time.perf_counter() - began
+        return reply
+
     def _replayed(self, call: Call, plan: Plan, held: Held, status: CacheStatus) -> Reply:
+        return self._reply(call, plan, held, status, forms.replayed(held, call))
+
+    def _reply(self, call: Call, plan: Plan, held: Held, status: CacheStatus, answer: Answer) -> Reply:
         found = held.recording
         metrics.hits.add(call.endpoint.label, status.value, found.prompt_tokens, found.completion_tokens, found.seconds)
-        key = plan.slot.key if plan.slot else None
-        return Reply(forms.replayed(held, call), status, found.weights, key, int(age_s(found)))
+        return Reply(answer, status, found.weights, plan.slot.key if plan.slot else None, int(age_s(found)))
 
     def _stale_s(self, plan: Plan, age: float) -> float:
         """Seconds past its time; without a setting that gives a recording more, Redis ends it in time."""

@@ -19,7 +19,7 @@ from cachetools import LRUCache
 from starlette.types import Receive, Scope, Send
 
 from app import wire
-from app.api.body import parse, read
+from app.api.body import is_json, parse, read
 from app.api.deadline import time_left
 from app.cache.policy import directives
 from app.domain import CacheStatus, Call, Caller, Endpoint, Reply, Timings
@@ -38,6 +38,20 @@ Headers = list[tuple[bytes, bytes]]
 # What is understood of recent requests is kept up to this much memory, and not for bodies larger than that.
 MEMO_BYTES = 16 * 2**20
 MEMO_BODY_BYTES = 64 * 2**10
+
+# The headers beside which a hot hit needs nothing more than its body and its key: what SDKs send with every call, and
+# none of it can change what is answered. Any other header may mean something, and its call goes the whole way.
+_NOTHING_MORE = frozenset(
+    name.encode()
+    for name in (
+        "host connection user-agent accept accept-encoding accept-language content-type content-length "
+        "transfer-encoding authorization x-api-key x-request-id cache-control openai-organization openai- "
+        "project anthropic-version x-stainless-lang x-stainless-package-version x-stainless-os x-stainless- "
+        "arch x-stainless-runtime x-stainless-runtime-version x-stainless-async x-stainless-retry-count "
+        "x-stainless-read-timeout x-stainless-timeout x-stainless-helper-method x-stainless-raw-response "
+        "x-stainless-stream-helper"
+    ).split()
+)
 
 
 class _Question(NamedTuple):
@@ -71,12 +85,8 @@ class AnswerRoute:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         began = time.perf_counter()
-        headers = dict(scope["headers"])
-        caller = self._gate.admit(presented_key(headers, allow_x_api_key=self._endpoint is Endpoint.MESSAGES))
-        fields = scope["refrain"]
-        fields["tenant"] = caller.tenant
-        if caller.key_id:
-            fields["key"] = caller.key_id
+        headers, fields = dict(scope["headers"]), scope["refrain"]
+        caller = self._admit(headers, fields)
         content = await read(headers, receive, self._settings)
         call, plan = self._understood(_Question(caller, self._service.catalog, headers.get(b"cache-control"), content))
 
@@ -90,7 +100,6 @@ class AnswerRoute:
         reply = await self._service.recall(call, plan) if came_back is None else None
         if reply is not None:
             status, timings = reply.cache, reply.answer.timings
-            fields["cache"] = status.value
             await _send(reply, send)
         else:
             within_s = time_left(headers.get(b"x-request-timeout"), self._settings, time.perf_counter() - began)
@@ -98,10 +107,37 @@ class AnswerRoute:
                 call, plan, looked_s=time.perf_counter() - looking, position=came_back, within_s=within_s
             )
             status, timings = await answer_aboard(aboard, call.endpoint, self._settings, receive, send, within_s)
-            fields["cache"] = status.value
-        if timings.completion_tokens is not None:
-            fields["in"], fields["out"] = timings.prompt_tokens, timings.completion_tokens
-        _observe(status, timings, time.perf_counter() - began)
+        _tell(fields, status, timings, time.perf_counter() - began)
+
+    def at_once(self, headers: Headers, content: bytes, fields: dict[str, Any]) -> tuple[Headers, bytes] | None:
+        """The response to a hot hit, headers and body, without asking or waiting for anybody. None: it is no such hit,
+        or there is more to it, and the call goes the whole way (`__call__`), refusals included."""
+        began = time.perf_counter()
+        named = dict(headers)
+        if not named.keys() <= _NOTHING_MORE or len(named) != len(headers) or not is_json(named):
+            return None
+        try:
+            caller = self._admit(named, fields)
+        except AppError:
+            return None
+        question = _Question(caller, self._service.catalog, named.get(b"cache-control"), content)
+        known = self._memo.get(question)
+        if known is None:
+            return None
+        call = Call(self._endpoint, known.body, caller, "")
+        reply = self._service.at_hand(call, known.plan)
+        if reply is None or reply.answer.body is None:
+            return None
+        headers = _reply_headers(reply, b"text/event-stream" if call.is_streaming else b"application/json")
+        _tell(fields, reply.cache, reply.answer.timings, time.perf_counter() - began)
+        return headers, reply.answer.body
+
+    def _admit(self, headers: dict[bytes, bytes], fields: dict[str, Any]) -> Caller:
+        caller = self._gate.admit(presented_key(headers, allow_x_api_key=self._endpoint is Endpoint.MESSAGES))
+        fields["tenant"] = caller.tenant
+        if caller.key_id:
+            fields["key"] = caller.key_id
+        return caller
 
     def _understood(self, question: _Question) -> tuple[Call, Plan]:
         """The call, and what the cache may do for it. The same bytes from the same caller are understood once."""
@@ -388,7 +424,10 @@ def server_timing(timings: Timings) -> str:
     return ", ".join(known) or "cache;dur=0"
 
 
-def _observe(status: CacheStatus, timings: Timings, seconds: float) -> None:
+def _tell(fields: dict[str, Any], status: CacheStatus, timings: Timings, seconds: float) -> None:
+    fields["cache"] = status.value
+    if timings.completion_tokens is not None:
+        fields["in"], fields["out"] = timings.prompt_tokens, timings.completion_tokens
     metrics.child(metrics.duration, status.value).observe(seconds)
     for name, taken_s in _phases(timings):
         metrics.child(metrics.phases, name).observe(max(0.0, taken_s))

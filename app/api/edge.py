@@ -10,6 +10,7 @@ import logging
 import random
 import re
 import time
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -34,16 +35,16 @@ class Edge:
     would cost a hit more than all the rest of its way. Everything else, refusals included, goes through the app.
     """
 
-    def __init__(self, app: ASGIApp, *, direct: dict[str, ASGIApp], access: AccessLog | None) -> None:
+    def __init__(self, app: ASGIApp, *, direct: Mapping[str, ASGIApp], ends: Ends) -> None:
         self._app = app
         self._direct = direct
-        self._access = access
+        self._ends = ends
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = _request_id(scope)
+        request_id = request_id_of(scope["headers"])
         token = logs.request_id.set(request_id)
         fields: dict[str, Any] = {}
         scope["refrain"] = fields
@@ -54,7 +55,7 @@ class Edge:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode()), _NO_SNIFFING]
+                message["headers"] = [*message.get("headers", ()), *own_headers(request_id)]
             await send(message)
 
         app = self._direct.get(scope["path"], self._app) if scope["method"] == "POST" else self._app
@@ -72,16 +73,33 @@ class Edge:
             await send_error(error, send_with_id, request_id)
         finally:
             status = status or 499  # nginx's number for a client that left first
-            metrics.child(metrics.responses, str(status)).inc()
-            if self._access is not None and scope["path"] not in _QUIET:
-                ms = (time.perf_counter() - began) * 1000
-                self._access.note(request_id, scope["method"], scope["path"], status, ms, fields)
+            self._ends.note(request_id, scope["method"], scope["path"], status, time.perf_counter() - began, fields)
             logs.request_id.reset(token)
 
 
-def _request_id(scope: Scope) -> str:
+class Ends:
+    """What is done when a response has ended, whichever way it went."""
+
+    def __init__(self, access: AccessLog | None) -> None:
+        self._access = access
+
+    def note(
+        self, request_id: str, method: str, path: str, status: int, seconds: float, fields: dict[str, Any]
+    ) -> None:
+        """Count it, and write its line. `fields` are what inner layers told of it."""
+        metrics.child(metrics.responses, str(status)).inc()
+        if self._access is not None and path not in _QUIET:
+            self._access.note(request_id, method, path, status, seconds * 1000, fields)
+
+
+def own_headers(request_id: str) -> list[tuple[bytes, bytes]]:
+    """What every response carries."""
+    return [(b"x-request-id", request_id.encode()), _NO_SNIFFING]
+
+
+def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
     """The client's own `x-request-id` if it is sane, else a new one."""
-    for name, value in scope["headers"]:
+    for name, value in headers:
         if name == b"x-request-id" and _SANE_ID.fullmatch(value):
             return str(value, "ascii")
     return new_request_id()

@@ -14,7 +14,6 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
-from starlette.types import ASGIApp
 
 from app import __version__
 from app.api.answers import AnswerRoute, StreamRoute, presented_key
@@ -41,11 +40,9 @@ from app.swap import Swapper
 
 def mount_routes(
     app: FastAPI, service: Service, gate: Gate, settings: Settings, swapper: Swapper
-) -> dict[str, ASGIApp]:
+) -> dict[str, AnswerRoute]:
     """Add every route of the API to the app; those that answer are given back too, by path (see `Edge`)."""
-    answering: dict[str, ASGIApp] = {
-        endpoint.value: AnswerRoute(endpoint, service, gate, settings) for endpoint in Endpoint
-    }
+    answering = {endpoint.value: AnswerRoute(endpoint, service, gate, settings) for endpoint in Endpoint}
     for path, route in answering.items():
         app.router.routes.append(Route(path, route, methods=["POST"]))
     app.router.routes.append(Route("/v1/streams/{stream_id}", StreamRoute(service, gate, settings), methods=["GET"]))

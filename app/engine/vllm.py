@@ -283,11 +283,10 @@ class VllmEngine:
     def _asked(self, call: Call) -> dict[str, Any]:
         """The body, with vLLM's own number for the call's class; what is no number vLLM refuses in its own words."""
         body = dict(call.body)
-        given = body.get("priority")
-        if call.endpoint not in _RANKED or not isinstance(given, int | None):
-            return body
-        is_ranked = self._llm.vllm_config.scheduler_config.policy == "priority"
-        return body | {"priority": 1 if is_ranked and call.priority is Priority.BATCH else 0}
+        if call.endpoint in _RANKED and isinstance(body.get("priority"), int | None):
+            is_ranked = self._llm.vllm_config.scheduler_config.policy == "priority"
+            body["priority"] = 1 if is_ranked and call.priority is Priority.BATCH else 0
+        return body
 
     async def tokens(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         handlers = self._ready_handlers()
