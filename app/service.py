@@ -4,7 +4,8 @@
 1. plan      for which weights is it? is its answer anybody else's too?           serving, cache.key, cache.policy
 2. recall    an answer that was given before                                     cache.store, forms
 3. board     a generation of this very answer that is under way, or begin one    flight
-4. wait      while weights are swapped, and for an engine that still loads       serving, engine.state
+4. wait      while weights are swapped, for an engine that still loads,          serving, engine.state,
+             and for a turn at it, or hear at once that there is no room         admission
 5. generate  the engine's answer, live                                           engine
 6. record    if it ended well, and before its clients see the end                cache.store
 ```
@@ -25,6 +26,7 @@ from hashlib import sha256
 from typing import Any
 
 from app import forms, wire
+from app.admission import Admission, Turn
 from app.cache import reuse
 from app.cache.explain import Explanation, explain
 from app.cache.key import cache_key, is_deterministic, why_uncacheable
@@ -135,6 +137,7 @@ class Service:
         self.flights = flights
         self.claims = flights.claims
         self._refusals = Refusals(settings.cache_negative_s)
+        self.admission = Admission(settings)
         self.is_draining = False
         self._open = asyncio.Event()
         self._open.set()
@@ -348,7 +351,8 @@ class Service:
     def _refresh(self, call: Call, plan: Plan) -> None:
         metrics.refreshed.inc()
         anew = replace(plan, directives=replace(plan.directives, max_age_s=self._settings.cache_ttl_s))
-        self.flights.launch(self._ticket(call, plan), lambda flight: self._flown(call, anew, flight))
+        later = replace(call, body=call.body | {"priority": 1})  # nobody waits for it
+        self.flights.launch(self._ticket(call, plan), lambda flight: self._flown(later, anew, flight))
 
     async def _instead(self, call: Call, plan: Plan, error: AppError) -> Reply:
         """A recording past its time, where generating anew failed. Raises the error where there is none."""
@@ -377,14 +381,22 @@ class Service:
 
     @asynccontextmanager
     async def aboard(
-        self, call: Call, plan: Plan, *, looked_s: float, position: Position | None = None
+        self,
+        call: Call,
+        plan: Plan,
+        *,
+        looked_s: float,
+        position: Position | None = None,
+        within_s: float | None = None,
     ) -> AsyncIterator[Boarding]:
         """A seat on the flight that answers this call; leaving the context gives it up.
 
-        `looked_s` went into `recall`. With a position the client comes back to a stream that it lost.
+        `looked_s` went into `recall`. With a position the client comes back to a stream that it lost. `within_s` is all
+        the time that its client has; to keep it is the caller's.
 
         Raises:
             StreamLost: its stream is gone, and generating again would not give the same.
+            DeadlineUnreachable: it would have to be generated, and that would take longer.
         """
         timings = Timings(cache_s=looked_s)
         if position is not None:
@@ -405,6 +417,8 @@ class Service:
         ticket = self._ticket(call, plan)
         if ticket.is_shared:
             self._refusals.check(f"{ticket.key} {ticket.is_stream}")
+        if within_s is not None and not self.flights.flies(ticket):
+            self.admission.check_deadline(call, plan.serving.weights.max_model_len, within_s)
         with self.flights.board(
             ticket,
             lambda flight: self._flown(call, plan, flight),
@@ -413,6 +427,8 @@ class Service:
         ) as seat:
             if seat.is_first and seat.flight.pilot is not None:
                 plan.serving.hold_until(seat.flight.pilot)
+            elif not seat.is_first:
+                self.admission.hasten(seat.flight.uid, call)
             wants_usage = position.wants_usage if position else call.wants_usage_event
             ride = Ride(seat, call.is_streaming, wants_usage, call.body, timings)
             status = plan.status if seat.is_first else CacheStatus.SHARED
@@ -508,10 +524,11 @@ class Service:
     ) -> AsyncGenerator[bytes, None]:
         began, engine = time.perf_counter(), plan.serving.engine
         await engine.state.ready(self._settings.loading_wait_s)
-        with metrics.in_flight.track_inprogress(), plan.serving.hold():
+        async with self._in_turn(call, plan, flight) as turn:
             is_counted = plan.may_write and forms.counts_choices(call, plan.shape, is_stream=flight.is_stream)
             asked = forms.in_engine_form(call, is_stream=flight.is_stream)
             flight.timings = Timings(device_s=flight.timings.device_s, paid_s=flight.timings.paid_s)
+            turn.watch(flight.timings)
             answer = await engine.answer(forms.asking_for_token_ids(asked) if is_counted else asked, flight.timings)
             if answer.body is not None:
                 body, choice_tokens = forms.without_token_ids(answer.body) if is_counted else (answer.body, None)
@@ -522,10 +539,21 @@ class Service:
             assert answer.events is not None  # noqa: S101 - an answer has one form or the other
             async with aclosing(answer.events) as events:  # type: ignore[type-var]
                 async for event in events:
+                    turn.said()
                     kept.add(event, answer.timings.streamed_tokens)
                     if wire.is_last(call.endpoint, event):
                         await self._record_events(call, plan, flight, standing, kept, began)
                     yield event
+
+    @asynccontextmanager
+    async def _in_turn(self, call: Call, plan: Plan, flight: Flight) -> AsyncIterator[Turn]:
+        """A place in the engine, which must be one that answers by then. Raises AppError."""
+        engine, context = plan.serving.engine, plan.serving.weights.max_model_len
+        with metrics.in_flight.track_inprogress(), plan.serving.hold():
+            async with self.admission.turn(call, engine, context, flight.uid) as turn:
+                if engine.state.phase is Phase.LOADING:  # it died while this call waited for it
+                    await engine.state.ready(self._settings.loading_wait_s)
+                yield turn
 
     async def _record_body(
         self,

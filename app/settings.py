@@ -116,6 +116,28 @@ class Settings(BaseSettings):
         description='Any other vLLM engine argument as JSON: {"enable_lora": true, "block_size": 32}.',
     )
     scripted_tokens_per_s: float = Field(200.0, gt=0, description="Speed of the scripted engine, per call.")
+    scripted_max_calls: int | None = Field(
+        None, gt=0, description="Most calls that the scripted engine works on at one time; by default all."
+    )
+    scripted_total_tokens_per_s: float | None = Field(
+        None, gt=0, description="Speed of the scripted engine over all calls, prompts counted; by default unlimited."
+    )
+
+    # admission
+    queue_max_calls: int | None = Field(
+        None,
+        ge=0,
+        description="Most calls that wait for the engine; by default 8 for each of its places, 1024 at least.",
+    )
+    queue_max_tokens: int | None = Field(
+        None, ge=0, description="Most tokens that wait, prompts and expected answers; by default as the wait allows."
+    )
+    queue_max_wait_s: float = Field(
+        600.0, gt=0, description="A call that would wait longer for the engine, at its measured speed, is refused."
+    )
+    request_timeout_s: float = Field(
+        0.0, ge=0, description="Time for an answer where a call has no `x-request-timeout`; then 504. 0: no limit."
+    )
 
     # cache
     cache: Literal["deterministic", "all", "off"] = Field(

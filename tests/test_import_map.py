@@ -26,12 +26,14 @@ app/engine/                                domain, errors, settings, wire, lifel
     vllm.py, preload.py                    vllm, and starlette for what vLLM's own app keeps its handlers in
 app/flight/                                domain, errors, settings, wire, observe,
                                            `link` and `seal` of cache                      redis
+app/admission/                             domain, errors, settings, observe, engine
+    work.py, learned.py, fair.py, bounds.py   domain, errors alone: who is next is no matter of clocks and tasks
 app/serving.py                             domain, engine
 app/plan/                                  errors, settings, weights                       httpx, torch, typer, rich
     shape.py, machines.py, arithmetic.py   errors alone: a plan is arithmetic
 app/forms.py                               domain, wire, `near`, `recording` and `reuse` of cache; no vendor
 app/service.py                             domain, errors, settings, wire, engine, cache, flight, observe, serving,
-                                           forms; no vendor
+                                           forms, admission; no vendor
 app/swap.py                                domain, errors, engine, observe, service, serving
 app/api/                                   domain, errors, settings, wire, service, serving, swap, gate, ledger,
                                            observe, `Phase` of engine, `policy` of cache, `names` of flight
@@ -137,8 +139,21 @@ OURS: dict[str, set[str]] = {
     "app.engine.base": {"app.domain", "app.engine.meter", "app.errors"},
     "app.engine.meter": {"app.domain"},
     "app.engine.steps": {"app.domain", "app.engine.meter"},
+    "app.admission": {
+        "app.admission",
+        "app.domain",
+        "app.engine",
+        "app.errors",
+        "app.observe",
+        "app.settings",
+    },
+    "app.admission.work": {"app.domain"},
+    "app.admission.learned": {"app.admission.work", "app.domain"},
+    "app.admission.fair": {"app.admission.work", "app.domain"},
+    "app.admission.bounds": {"app.admission.fair", "app.errors"},
     "app.engine.preload": {"app.engine.norms", "app.lifeline"},
     "app.service": {
+        "app.admission",
         "app.forms",
         "app.cache.explain",
         "app.cache.key",

@@ -39,8 +39,8 @@ log = logging.getLogger(__name__)
 
 Takeoff = Callable[[Flight], AsyncGenerator[bytes, None]]
 
-# The status of what is wrong with this server, and not with the call.
-UNAVAILABLE = 503
+# The statuses of what is wrong with this server, or with how much a tenant asks of it, and not with the call.
+UNAVAILABLE = (429, 503)
 # How long a stream is looked for that a client comes back to.
 FIND_S = 0.5
 
@@ -90,6 +90,11 @@ class Flights:
         seat = Seat(flight, is_first=is_first, is_streaming=is_streaming, position=position)
         with self._seated(seat):
             yield seat
+
+    def flies(self, ticket: Ticket) -> bool:
+        """Whether a call with this ticket would share a flight that is under way here."""
+        flight = self._by_key.get(ticket.key) if ticket.is_shared else None
+        return flight is not None and not flight.is_over
 
     def launch(self, ticket: Ticket, takeoff: Takeoff) -> None:
         """Fly for no client, unless the same flies already: what comes of it is recorded on the way."""
@@ -252,7 +257,7 @@ class Flights:
             await publisher.end(publisher.entry("end", tokens=_tokens(flight)))
         except AppError as error:
             flight.fail(error)  # before the world hears of it: clients of this process need not wait for Redis
-            if error.status == UNAVAILABLE:  # this engine is down or full; another server's may not be
+            if error.status in UNAVAILABLE:  # this engine is down or full; another server's may not be
                 await publisher.stop()
                 with contextlib.suppress(RedisDown):
                     await lease.release()

@@ -50,6 +50,15 @@ swap_seconds = Histogram(
     "refrain_swap_seconds", "From the wish for other weights to the first call that they take.", buckets=_SECONDS
 )
 in_flight = Gauge("refrain_generations_in_flight", "Generations that are running or queued for this server's clients.")
+queue_calls = Gauge("refrain_queue_calls", "Calls that wait for the engine.", ["class"])
+queue_tokens = Gauge("refrain_queue_tokens", "Tokens that wait, prompts and expected answers.", ["class"])
+queue_drain_seconds = Gauge("refrain_queue_drain_seconds", "Until what waits is worked off, at the measured speed.")
+queue_wait = Histogram(
+    "refrain_queue_wait_seconds", "Time that calls waited for the engine.", ["class"], buckets=_SECONDS
+)
+engine_calls = Gauge("refrain_engine_calls", "Calls that the engine has.")
+refused = Counter("refrain_refused_total", "Calls that were refused for lack of room or time, by reason.", ["reason"])
+deadlines_missed = Counter("refrain_deadlines_missed_total", "Calls that were ended because their time was up.")
 left = Counter("refrain_clients_left_total", "Clients that went away before their answer was complete.")
 reused = Counter(
     "refrain_cache_reused_total", "Hits on an answer that was made for a call of another shape, by rule.", ["rule"]
