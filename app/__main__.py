@@ -15,7 +15,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from app.domain import Priority
 from app.errors import AppError, RedisDown, RoomError, StartRefused
+from app.ledger.cli import usage
+from app.plan.cli import mount as mount_plan
 from app.settings import Settings, load, masked, origins
 from app.train.cli import finetune
 
@@ -32,6 +35,8 @@ cli.add_typer(models, name="models")
 cli.add_typer(cache, name="cache")
 cli.add_typer(keys, name="keys")
 cli.add_typer(finetune, name="finetune")
+cli.add_typer(usage, name="usage")
+mount_plan(cli)
 
 # Results go to standard output; what is said on the way goes to standard error.
 # Without a terminal nothing is cut to its width: scripts and files get every row whole.
@@ -291,11 +296,14 @@ def cache_explain(
 def keys_create(
     tenant: Annotated[str, typer.Option(help="Whose key it is; tenants never see each other's answers.")],
     admin: Annotated[bool, typer.Option("--admin", help="May use /admin too.")] = False,
+    priority: Annotated[
+        Priority, typer.Option(help="Whether its calls go before others, or after them.")
+    ] = Priority.INTERACTIVE,
 ) -> None:
     """Make a key. It is shown once; only its hash is kept."""
     from app.gate.keys import KeyFile
 
-    secret, key = KeyFile(load().keys_path).create(tenant, admin=admin)
+    secret, key = KeyFile(load().keys_path).create(tenant, admin=admin, priority=priority)
     err.print(f"{key.id} for tenant {key.tenant}{' (admin)' if key.admin else ''}; the key is shown only now:")
     sys.stdout.write(f"{secret}\n")
 
@@ -308,12 +316,21 @@ def keys_list(as_json: Json = False) -> None:
     found = KeyFile(load().keys_path).read()
     if as_json:
         out.print_json(
-            data=[{"id": key.id, "tenant": key.tenant, "admin": key.admin, "created": key.created} for key in found]
+            data=[
+                {
+                    "id": key.id,
+                    "tenant": key.tenant,
+                    "admin": key.admin,
+                    "priority": key.priority.value,
+                    "created": key.created,
+                }
+                for key in found
+            ]
         )
         return
-    table = Table("id", "tenant", "admin", "created", box=None, pad_edge=False)
+    table = Table("id", "tenant", "admin", "priority", "created", box=None, pad_edge=False)
     for key in found:
-        table.add_row(key.id, key.tenant, "yes" if key.admin else "", _when(key.created))
+        table.add_row(key.id, key.tenant, "yes" if key.admin else "", key.priority.value, _when(key.created))
     out.print(table if found else "no keys: the server is open, on loopback only")
 
 

@@ -10,13 +10,15 @@ from typing import Any
 
 from app.domain import Timings
 from app.engine.core import LastingCore
+from app.engine.meter import Meter
 from app.engine.running import Running
+from app.engine.steps import watch_steps
 from app.engine.underway import Underway, underway
 from app.errors import AppError, EngineDown, EngineFailed
 
 
-def build(args: Any) -> Any:
-    """An AsyncLLM that outlives its cores. Blocks until its first core is up."""
+def build(args: Any, meter: Meter) -> Any:
+    """An AsyncLLM that outlives its cores, and tells the meter what they compute. Blocks until its first core is up."""
     import vllm.v1.engine.utils as core_processes
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -57,7 +59,9 @@ def build(args: Any) -> Any:
                 about.error = error
                 raise
 
-    return LastingLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args))
+    llm = LastingLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args))
+    watch_steps(llm, meter, lambda: about.timings if (about := underway.get()) else None)
+    return llm
 
 
 def another_core(args: Any, llm: Any) -> Any:

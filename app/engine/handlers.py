@@ -75,6 +75,7 @@ DISPATCH = {
     Endpoint.MESSAGES: _message,
     Endpoint.EMBEDDINGS: _embedding,
 }
+RANKED = (Endpoint.CHAT, Endpoint.COMPLETIONS, Endpoint.RESPONSES)  # they have a `priority`
 MARKED = (Endpoint.CHAT, Endpoint.COMPLETIONS)  # they have a `system_fingerprint`
 TOKENS = {"/tokenize": _tokenize, "/detokenize": _detokenize, "/v1/messages/count_tokens": _count_tokens}
 

@@ -25,13 +25,14 @@ from typing import Any
 from prometheus_client import REGISTRY
 
 import app.engine.preload  # noqa: F401 - its first line hushes a warning, here as in the fork server
-from app.domain import Answer, Call, Endpoint, Weights
+from app.domain import Answer, Call, Endpoint, Priority, Timings, Weights
 from app.engine import cpu
-from app.engine.base import EngineState, Phase
+from app.engine.base import Capacity, EngineState, Phase
 from app.engine.building import another_core, build, host_handlers
 from app.engine.core import LastingCore
-from app.engine.handlers import DISPATCH, MARKED, TOKENS, having
+from app.engine.handlers import DISPATCH, MARKED, RANKED, TOKENS, having
 from app.engine.measure import measure
+from app.engine.meter import Meter
 from app.engine.quarantine import Quarantine
 from app.engine.translation import as_answer, refuse_error_response, translated
 from app.engine.underway import Underway, key_of, underway
@@ -65,10 +66,12 @@ class VllmEngine:
         *,
         check: Callable[[Weights, dict[str, Any]], None] | None = None,
         adapters: Sequence[Weights] = (),
+        meter: Meter | None = None,
     ) -> None:
         """`check` gets the fingerprint of each engine that was loaded, and raises Mismatch over a wrong one.
         `adapters` are loaded with it."""
         self.state = EngineState()
+        self.meter = meter or Meter()
         self.fingerprint: dict[str, Any] = {}
         self._settings = settings
         self._weights = weights
@@ -168,7 +171,7 @@ class VllmEngine:
         self._progress("importing vLLM")
         self._args = await asyncio.to_thread(_parse, self._settings, self._weights)
         self._progress("loading weights")
-        self._llm = await asyncio.to_thread(build, self._args)
+        self._llm = await asyncio.to_thread(build, self._args, self.meter)
         self._core.quarantine = self._quarantine
         self._progress("preparing handlers")
         self._handlers = await host_handlers(self._llm, self._args)
@@ -180,6 +183,7 @@ class VllmEngine:
         building = asyncio.create_task(asyncio.to_thread(another_core, self._args, self._llm))
         await self._watched(building)
         self._core.replace(building.result())
+        self.meter.skip()
         async with asyncio.timeout(PROBES_S):
             await self._llm.reset_mm_cache()  # what the lost one held, this one does not
 
@@ -190,7 +194,7 @@ class VllmEngine:
         while not building.done():
             pids = [process.pid for process in multiprocessing.active_children() if process.pid]
             own = [pid for pid in pids if pid not in others]
-            cpu_s = await asyncio.to_thread(lambda own=own: cpu_seconds(family(own)))
+            cpu_s = await asyncio.to_thread(_cpu_seconds, own)
             if watch.look(steps=0, has_calls=bool(own), cpu_s=cpu_s) is not None:
                 log.error("the engine hangs while it loads")
                 await asyncio.to_thread(_kill, own)
@@ -237,7 +241,7 @@ class VllmEngine:
         core = self._core
         has_calls, cpu_s = core.has_calls, None
         if has_calls and watch.is_silent:
-            cpu_s = await asyncio.to_thread(lambda: cpu_seconds(family(core.pids)))
+            cpu_s = await asyncio.to_thread(_cpu_seconds, core.pids)
         return watch.look(steps=core.steps, has_calls=has_calls, cpu_s=cpu_s)
 
     async def _end_core(self) -> None:
@@ -320,21 +324,41 @@ class VllmEngine:
 
     # --- answers ------------------------------------------------------------------------------
 
-    async def answer(self, call: Call) -> Answer:
-        return await self._answer(call)
+    async def answer(self, call: Call, timings: Timings | None = None) -> Answer:
+        return await self._answer(call, timings)
 
-    async def _answer(self, call: Call, *, is_probe: bool = False) -> Answer:
+    async def _answer(self, call: Call, timings: Timings | None = None, *, is_probe: bool = False) -> Answer:
         handlers = self._ready_handlers()
-        about = Underway(key_of(call), is_probe)
+        about = Underway(key_of(call), is_probe, timings or Timings())
         self._quarantine.check(about.key)
         token = underway.set(about)
         try:
             with translated(about):
-                produced = await DISPATCH[call.endpoint](handlers, dict(call.body))
+                produced = await DISPATCH[call.endpoint](handlers, self._asked(call))
             mark = self._mark(call) if call.endpoint in MARKED else None
             return await as_answer(produced, about, by_alias=call.endpoint is Endpoint.RESPONSES, mark=mark)
         finally:
             underway.reset(token)
+
+    @property
+    def capacity(self) -> Capacity:
+        if self._llm is None:
+            return Capacity()
+        config = self._llm.vllm_config
+        ranks, blocks = config.parallel_config.data_parallel_size, config.cache_config.num_gpu_blocks
+        return Capacity(
+            sequences=ranks * config.scheduler_config.max_num_seqs,
+            kv_tokens=blocks * config.cache_config.block_size if blocks else None,
+            step_tokens=config.scheduler_config.max_num_batched_tokens,
+        )
+
+    def _asked(self, call: Call) -> dict[str, Any]:
+        """The body, with vLLM's own number for the call's class; what is no number vLLM refuses in its own words."""
+        body = dict(call.body)
+        if call.endpoint in RANKED and isinstance(body.get("priority"), int | None):
+            is_ranked = self._llm.vllm_config.scheduler_config.policy == "priority"
+            body["priority"] = 1 if is_ranked and call.priority is Priority.BATCH else 0
+        return body
 
     async def tokens(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         handlers = self._ready_handlers()
@@ -395,6 +419,10 @@ def _reinstate(collectors: list[Any]) -> None:
         REGISTRY.register(each)
 
 
+def _cpu_seconds(pids: list[int]) -> float | None:
+    return cpu_seconds(family(pids))
+
+
 def _kill(pids: list[int]) -> None:
     """The processes and what they started; one that is stopped takes no other signal."""
     for process in family(pids):
@@ -447,6 +475,7 @@ def arguments(settings: Settings, weights: Weights) -> list[str]:
         "pipeline_parallel_size": settings.pipeline_parallel_size,
         "reasoning_parser": settings.reasoning_parser,
         "chat_template": settings.chat_template,
+        "scheduling_policy": "priority",  # where KV cache runs short, a batch's calls give way first
         "use_tqdm_on_load": False,
         "fingerprint_mode": "none",
     }
