@@ -15,7 +15,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from app.domain import Priority
 from app.errors import AppError, RedisDown, RoomError, StartRefused
+from app.ledger.cli import usage
+from app.plan.cli import mount as mount_plan
 from app.settings import Settings, load, masked, origins
 from app.train.cli import finetune
 
@@ -32,6 +35,8 @@ cli.add_typer(models, name="models")
 cli.add_typer(cache, name="cache")
 cli.add_typer(keys, name="keys")
 cli.add_typer(finetune, name="finetune")
+cli.add_typer(usage, name="usage")
+mount_plan(cli)
 
 # Results go to standard output; what is said on the way goes to standard error.
 # Without a terminal nothing is cut to its width: scripts and files get every row whole.
@@ -302,6 +307,9 @@ def cache_explain(
 def keys_create(
     tenant: Annotated[str, typer.Option(help="Whose key it is; tenants never see each other's answers.")],
     admin: Annotated[bool, typer.Option("--admin", help="May use /admin too.")] = False,
+    priority: Annotated[
+        Priority, typer.Option(help="Whether its calls go before others, or after them.")
+    ] = Priority.INTERACTIVE,
     rpm: Rpm = None,
     tpm: Tpm = None,
     concurrency: Concurrency = None,
@@ -316,7 +324,7 @@ def keys_create(
 
     settings = load()
     limits = NONE_OF_ITS_OWN.changed(_limits(settings, rpm, tpm, concurrency, max_output_tokens, models, budget, trim))
-    secret, key = KeyFile(settings.keys_path).create(tenant, admin=admin, limits=limits)
+    secret, key = KeyFile(settings.keys_path).create(tenant, admin=admin, priority=priority, limits=limits)
     err.print(f"{key.id} for tenant {key.tenant}{' (admin)' if key.admin else ''}; the key is shown only now:")
     sys.stdout.write(f"{secret}\n")
 
@@ -353,6 +361,7 @@ def keys_list(as_json: Json = False) -> None:
                 "id": key.id,
                 "tenant": key.tenant,
                 "admin": key.admin,
+                "priority": key.priority.value,
                 "created": key.created,
                 "limits": key.limits.own(),
             }
@@ -360,10 +369,10 @@ def keys_list(as_json: Json = False) -> None:
         ]
         out.print_json(data=rows)
         return
-    table = Table("id", "tenant", "admin", "created", "limits", box=None, pad_edge=False)
+    table = Table("id", "tenant", "admin", "priority", "created", "limits", box=None, pad_edge=False)
     for key in found:
         admin = "yes" if key.admin else ""
-        table.add_row(key.id, key.tenant, admin, _when(key.created), _told(key.limits.own()))
+        table.add_row(key.id, key.tenant, admin, key.priority.value, _when(key.created), _told(key.limits.own()))
     out.print(table if found else "no keys: the server is open, on loopback only")
 
 

@@ -85,7 +85,7 @@ class Limits:
     trims: bool = False
 
     @property
-    def is_metered(self) -> bool:
+    def is_counted(self) -> bool:
         """Whether anything of it has to be counted."""
         return bool(self.rpm or self.tpm or self.concurrency or self.budget)
 
@@ -100,6 +100,13 @@ class Limits:
 NO_LIMITS = Limits()
 
 
+class Priority(StrEnum):
+    """Whose calls go first: somebody waits for an interactive answer, and nobody in particular for a batch's."""
+
+    INTERACTIVE = "interactive"
+    BATCH = "batch"
+
+
 @dataclass(frozen=True, slots=True)
 class Caller:
     """Who asks. Without keys everybody on loopback is the tenant `default`."""
@@ -107,6 +114,7 @@ class Caller:
     tenant: str = "default"
     key_id: str | None = None
     is_admin: bool = False
+    priority: Priority = Priority.INTERACTIVE
     limits: Limits = NO_LIMITS
 
 
@@ -124,6 +132,15 @@ class Call:
         return self.body.get("stream") is True
 
     @property
+    def priority(self) -> Priority:
+        """Its key's, or lower: by vLLM's `priority` (above 0 is later), or OpenAI's tier for work in bulk."""
+        number = self.body.get("priority")
+        is_lowered = isinstance(number, int | float) and number > 0
+        if is_lowered or self.body.get("service_tier") == "flex":
+            return Priority.BATCH
+        return self.caller.priority
+
+    @property
     def wants_usage_event(self) -> bool:
         """OpenAI's `stream_options.include_usage`: the client asked for the closing usage event."""
         options = self.body.get("stream_options")
@@ -132,9 +149,14 @@ class Call:
 
 @dataclass(slots=True)
 class Timings:
-    """Where the seconds of one call went; a phase that has not happened is None."""
+    """Where the seconds of one call went; a phase that has not happened is None.
+
+    `device_s` is the engine's time that its generation has used so far (`engine/meter.py`). `paid_s` is the part of it
+    that somebody has paid: on a call's own timings what it pays itself, on a flight's what all aboard paid together.
+    """
 
     cache_s: float | None = None
+    waited_s: float = 0.0  # for a turn at the engine; what the engine's own queue took is the next
     queue_s: float | None = None
     prefill_s: float | None = None
     decode_s: float | None = None
@@ -142,6 +164,10 @@ class Timings:
     completion_tokens: int | None = None
     # Tokens in the events that a stream has brought so far; what is counted above may already be ahead of them.
     streamed_tokens: int = 0
+    # Tokens of the prompt that the engine had computed before, for another call.
+    prefix_tokens: int = 0
+    device_s: float = 0.0
+    paid_s: float = 0.0
 
 
 @dataclass(slots=True)

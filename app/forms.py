@@ -23,15 +23,19 @@ _PIECE_BYTES = 8192
 # --- a recording's answer ----------------------------------------------------------------------------
 
 
-def replayed(held: Held, call: Call) -> Answer:
+def replay(held: Held, call: Call) -> bytes:
     """The recorded answer as this client wants it, under a fresh id: either form serves both."""
     recording = held.recording
     with_usage = call.is_streaming and call.wants_usage_event
-    replay = held.replay((call.is_streaming, with_usage), lambda: _template(call, recording, with_usage=with_usage))
-    content = replay((wire.new_id(call.endpoint), int(time.time())), call.body)
+    template = held.replay((call.is_streaming, with_usage), lambda: _template(call, recording, with_usage=with_usage))
+    return template((wire.new_id(call.endpoint), int(time.time())), call.body)
+
+
+def replayed(held: Held, call: Call) -> Answer:
+    content, timings = replay(held, call), timings_of(held.recording)
     if call.is_streaming:
-        return Answer(events=_in_pieces(content), timings=timings_of(recording))
-    return Answer(body=content, timings=timings_of(recording))
+        return Answer(events=_in_pieces(content), timings=timings)
+    return Answer(body=content, timings=timings)
 
 
 def timings_of(recording: Recording) -> Timings:
@@ -82,8 +86,8 @@ async def _in_pieces(content: bytes) -> AsyncGenerator[bytes, None]:
 def cut_to_measure(recording: Recording, shape: Shape, rule: Rule) -> Recording:
     """The recording as the engine would have answered a call of this shape."""
     if rule is Rule.CUT and shape.limit is not None and recording.counts is not None:
-        events = wire.shorten(wire.split(recording.content()), recording.counts, shape.limit)
-        head, usage, tail = wire.split_usage(Endpoint.CHAT, events)
+        events = wire.shorten(shape.endpoint, wire.split(recording.content()), recording.counts, shape.limit)
+        head, usage, tail = wire.split_usage(shape.endpoint, events)
         return recording.with_content(Form.EVENTS, head, usage, tail, completion_tokens=shape.limit)
     if rule is Rule.FEWER:
         document = _body_of(recording)
@@ -175,6 +179,7 @@ def made(
         n=shape.n,
         logprobs=shape.logprobs,
         ended=wire.ended_by_itself(call.endpoint, document),
+        most=document.get("max_output_tokens"),
     )
 
 

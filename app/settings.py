@@ -50,6 +50,9 @@ class Settings(BaseSettings):
         description="Where weights, keys and run-time files live.",
     )
     drain_s: float = Field(30.0, ge=0, description="How long SIGTERM waits for running answers, in seconds.")
+    http_workers: int = Field(
+        0, ge=0, le=64, description="Processes beside the server's own that answer hits; see README."
+    )
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Largest request body; more is a 413.")
     max_json_depth: int = Field(64, ge=8, le=500, description="Deepest nesting of a request body; more is a 400.")
     body_timeout_s: float = Field(30.0, gt=0, description="Time a client has to send its body; then 408.")
@@ -86,6 +89,17 @@ class Settings(BaseSettings):
     loading_wait_s: float = Field(
         60.0, ge=0, description="How long a miss waits for an engine that is still loading; then 503."
     )
+    engine_hang_s: float = Field(
+        30.0,
+        ge=0,
+        description="How long an engine core with calls may do nothing at all before it is killed; 0: for ever.",
+    )
+    engine_stuck_s: float = Field(
+        600.0, ge=0, description="How long an engine core may compute one step before it is killed; 0: for ever."
+    )
+    quarantine_s: float = Field(
+        600.0, ge=0, description="How long a call that the engine died of twice is refused, in seconds; 0: not."
+    )
     dtype: str = Field(
         "auto",
         description="bfloat16, float16, float32; auto is the weights' own, or float32 on a CPU that has no bfloat16.",
@@ -118,6 +132,28 @@ class Settings(BaseSettings):
         description='Any other vLLM engine argument as JSON: {"enable_lora": true, "block_size": 32}.',
     )
     scripted_tokens_per_s: float = Field(200.0, gt=0, description="Speed of the scripted engine, per call.")
+    scripted_max_calls: int | None = Field(
+        None, gt=0, description="Most calls that the scripted engine works on at one time; by default all."
+    )
+    scripted_total_tokens_per_s: float | None = Field(
+        None, gt=0, description="Speed of the scripted engine over all calls, prompts counted; by default unlimited."
+    )
+
+    # admission
+    queue_max_calls: int | None = Field(
+        None,
+        ge=0,
+        description="Most calls that wait for the engine; by default 8 for each of its places, 1024 at least.",
+    )
+    queue_max_tokens: int | None = Field(
+        None, ge=0, description="Most tokens that wait, prompts and expected answers; by default as the wait allows."
+    )
+    queue_max_wait_s: float = Field(
+        600.0, gt=0, description="A call that would wait longer for the engine, at its measured speed, is refused."
+    )
+    request_timeout_s: float = Field(
+        0.0, ge=0, description="Time for an answer where a call has no `x-request-timeout`; then 504. 0: no limit."
+    )
 
     # cache
     cache: Literal["deterministic", "all", "off"] = Field(
@@ -143,6 +179,13 @@ class Settings(BaseSettings):
         None,
         description="Signs what is kept in Redis, so that who can write there cannot plant answers; 16 characters.",
     )
+    cache_old_secrets: SecretStr | None = Field(
+        None, description="Earlier values of the secret, by commas: what they signed or encrypted still opens."
+    )
+    cache_encrypt: bool = Field(
+        False,
+        description="Encrypts what is kept in Redis, with a key made of the secret; what is plain there is a miss.",
+    )
     cache_stale_while_revalidate_s: int = Field(
         0, ge=0, description="How long past its time a recording still answers, while one call refreshes it; 0: not."
     )
@@ -167,12 +210,40 @@ class Settings(BaseSettings):
     stream_resume_s: float = Field(
         0.0, ge=0, description="How long a stream that lost its client goes on and can be resumed; 0: it ends at once."
     )
+    flight_max_bytes: int = Field(
+        16 * 2**20,
+        ge=64 * 2**10,
+        description="Memory for one answer under way; beyond it nobody else comes aboard, and what was read goes.",
+    )
+    flights_max_bytes: int = Field(
+        256 * 2**20, ge=2**20, description="Memory for all answers under way; beyond it the same for the largest."
+    )
     stream_max_bytes: int = Field(
         8 * 2**20, gt=0, description="A longer stream is not passed on to other servers beyond this."
     )
     stream_keep_bytes: int = Field(
         64 * 2**20, gt=0, description="Memory for finished streams that can still be resumed; the oldest go first."
     )
+
+    # ledger
+    ledger: bool = Field(True, description="Record each call, and what it used and cost, in ledger/ under home.")
+    ledger_flush_s: float = Field(
+        0.2, ge=0.01, le=60, description="How often records are written to the disk; a crash loses as much."
+    )
+    ledger_file_mib: int = Field(64, gt=0, description="A file of the ledger that is larger is closed and compressed.")
+    ledger_keep_days: int = Field(400, ge=0, description="Days of records that are kept; 0: all.")
+    ledger_text_bytes: int = Field(
+        0, ge=0, le=2**20, description="Bytes of each request and response that are recorded too; 0: none."
+    )
+
+    # cost
+    price_device_hour: float = Field(0.0, ge=0, description="What one device costs per hour, in any currency.")
+    price_prompt_per_million: float = Field(0.0, ge=0, description="Price of a million prompt tokens.")
+    price_completion_per_million: float = Field(0.0, ge=0, description="Price of a million completion tokens.")
+    compare_prompt_per_million: float = Field(
+        0.0, ge=0, description="Another API's price of a million prompt tokens, for `refrain usage cost`."
+    )
+    compare_completion_per_million: float = Field(0.0, ge=0, description="The same for completion tokens.")
 
     # redis
     redis_url: SecretStr | None = Field(
@@ -184,7 +255,11 @@ class Settings(BaseSettings):
     redis_cluster: bool = Field(False, description="redis_url is a node of a Redis Cluster.")
     redis_timeout_s: float = Field(0.25, gt=0, description="Longest a request waits for Redis before it goes on alone.")
     redis_max_memory_mib: int = Field(256, ge=8, description="Memory of the embedded server; it evicts above that.")
-    redis_namespace: str = Field("refrain", min_length=1, description="First part of every Redis key.")
+    redis_namespace: str = Field(
+        "refrain",
+        pattern=r"^[^\s{}\[\]*?\\^]+$",  # a brace would be a Cluster's hash tag, the others a pattern's
+        description="First part of every Redis key; without blanks, brackets, braces, * and ?.",
+    )
 
     # keys
     keys_file: Path | None = Field(None, description="API keys, hashed; by default keys.json under home.")
@@ -213,10 +288,6 @@ class Settings(BaseSettings):
     limit_budgets_without_redis: Literal["open", "closed"] = Field(
         "closed", description="The same for calls that cost a key with a budget something."
     )
-
-    # cost
-    price_prompt_per_million: float = Field(0.0, ge=0, description="Price of a million prompt tokens, in any currency.")
-    price_completion_per_million: float = Field(0.0, ge=0, description="Price of a million generated tokens.")
 
     @field_validator("tool_call_parser", "reasoning_parser", "quantization", "served_model_name", mode="after")
     @classmethod
@@ -256,6 +327,19 @@ class Settings(BaseSettings):
             raise ValueError("a budget in money needs REFRAIN_PRICE_PROMPT_PER_MILLION or ..._COMPLETION_PER_MILLION")
         return self
 
+    @field_validator("cache_old_secrets", mode="after")
+    @classmethod
+    def _each_is_long_enough(cls, value: SecretStr | None) -> SecretStr | None:
+        for secret in value.get_secret_value().split(",") if value else ():
+            cls._is_long_enough(SecretStr(secret.strip()))
+        return value
+
+    @model_validator(mode="after")
+    def _secrets_agree(self) -> Self:
+        if (self.cache_encrypt or self.cache_old_secrets) and self.cache_secret is None:
+            raise ValueError("REFRAIN_CACHE_ENCRYPT and REFRAIN_CACHE_OLD_SECRETS need REFRAIN_CACHE_SECRET")
+        return self
+
     @model_validator(mode="after")
     def _redis_options_agree(self) -> Self:
         if (self.redis_sentinel or self.redis_cluster) and self.redis_url is None:
@@ -272,6 +356,14 @@ class Settings(BaseSettings):
         return max(self.max_adapters, len(self.adapter_names))
 
     @property
+    def cache_secrets(self) -> list[bytes]:
+        """The secret, and the older ones after it; none is none."""
+        if self.cache_secret is None:
+            return []
+        older = self.cache_old_secrets.get_secret_value().split(",") if self.cache_old_secrets else []
+        return [secret.encode() for secret in (self.cache_secret.get_secret_value(), *map(str.strip, older))]
+
+    @property
     def cache_keep_s(self) -> int:
         """How long a recording is kept: its time, and as long after it as it may still be of use."""
         return self.cache_ttl_s + max(self.cache_stale_while_revalidate_s, self.cache_stale_if_error_s)
@@ -279,6 +371,15 @@ class Settings(BaseSettings):
     @property
     def keys_path(self) -> Path:
         return self.keys_file or self.home / "keys.json"
+
+    @property
+    def ledger_root(self) -> Path:
+        return self.home / "ledger"
+
+    @property
+    def devices(self) -> int:
+        """How many one engine is spread over."""
+        return (self.tensor_parallel_size or 1) * (self.pipeline_parallel_size or 1)
 
     @property
     def weights_root(self) -> Path:
@@ -335,6 +436,25 @@ def load(**overrides: Any) -> Settings:
         raise StartRefused(_first_mistake(error, given)) from error
     except (tomllib.TOMLDecodeError, ValueError) as error:
         raise StartRefused(f"settings cannot be read: {error}") from error
+
+
+def to_hand_down(settings: Settings) -> dict[str, Any]:
+    """Every value in plain types, secrets as they are: for a process of ours that shall have the very same."""
+    secrets = {name: value.get_secret_value() for name, value in settings if isinstance(value, SecretStr)}
+    return settings.model_dump(mode="json") | secrets
+
+
+def handed_down(values: dict[str, Any]) -> Settings:
+    """The settings of `to_hand_down`, whatever environment and file say here and now."""
+    return _HandedDown(**values)
+
+
+class _HandedDown(Settings):
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
 
 
 def _first_mistake(error: ValidationError, given: dict[str, Any]) -> str:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
-from app.domain import Answer, Call, Weights
+from app.domain import Answer, Call, Timings, Weights
+from app.engine.meter import Meter
 from app.errors import Draining, EngineDown, Loading
 
 
@@ -23,12 +24,14 @@ class Phase(StrEnum):
 
 @dataclass(slots=True)
 class EngineState:
-    """The phase, since when (unix seconds), one line about it for people, and how often it died and was restarted."""
+    """The phase, since when (unix seconds), one line about it for people, how often it died and was restarted, and
+    how many calls it died of are kept out."""
 
     phase: Phase = Phase.LOADING
     since: float = field(default_factory=time.time)
     detail: str = "starting"
     restarts: int = 0
+    quarantined: int = 0
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def become(self, phase: Phase, detail: str = "") -> None:
@@ -61,6 +64,15 @@ class EngineState:
                 continue
 
 
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What an engine works on at a time: sequences, tokens in KV cache, tokens in a step. None: no limit known."""
+
+    sequences: int | None = None
+    kv_tokens: int | None = None
+    step_tokens: int | None = None
+
+
 class Engine(Protocol):
     """A thing that answers calls.
 
@@ -69,6 +81,11 @@ class Engine(Protocol):
     """
 
     state: EngineState
+    meter: Meter
+
+    @property
+    def capacity(self) -> Capacity:
+        """Known once it is loaded."""
 
     async def start(self) -> None:
         """Begin to load, and return; `state` tells the rest."""
@@ -93,8 +110,11 @@ class Engine(Protocol):
     async def unload_adapter(self, name: str) -> None:
         """Serve it no more. Nothing happens where there is none of that name."""
 
-    async def answer(self, call: Call) -> Answer:
-        """Generate. A refusal is raised here, before there is an event to send."""
+    async def answer(self, call: Call, timings: Timings | None = None) -> Answer:
+        """Generate. A refusal is raised here, before there is an event to send.
+
+        `timings` are the answer's: they tell what was used also of an answer that never comes.
+        """
 
     async def tokens(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """`/tokenize`, `/detokenize` and `/v1/messages/count_tokens`: body in, body out."""

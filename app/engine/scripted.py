@@ -13,12 +13,13 @@ import itertools
 import json
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from typing import Any, NamedTuple
 
 from app import wire
 from app.domain import Answer, Call, Endpoint, Timings, Weights
-from app.engine.base import EngineState, Phase
+from app.engine.base import Capacity, EngineState, Phase
+from app.engine.meter import Meter
 from app.engine.schema import refuse_misfits
 from app.errors import AdapterFailed, AppError, EngineDown, NotFound, UnsupportedEndpoint
 from app.settings import Settings
@@ -55,6 +56,25 @@ class Script:
             yield said
 
 
+class _Batch:
+    """What all calls share: so many at a time, so many tokens a second, in the order they are asked for."""
+
+    def __init__(self, most: int | None, tokens_per_s: float | None) -> None:
+        self.most = most
+        self._places = asyncio.Semaphore(most) if most else None
+        self._seconds_per_token = 1 / tokens_per_s if tokens_per_s else 0.0
+        self._free_at = 0.0
+
+    def place(self) -> AbstractAsyncContextManager[None]:
+        return self._places or nullcontext()
+
+    async def compute(self, tokens: int) -> None:
+        if self._seconds_per_token:
+            now = time.perf_counter()
+            self._free_at = max(now, self._free_at) + tokens * self._seconds_per_token
+            await asyncio.sleep(self._free_at - now)
+
+
 class ScriptedEngine:
     """`calls` are the last that were asked for; in driven mode the test takes each from `asked`."""
 
@@ -66,8 +86,10 @@ class ScriptedEngine:
         adapters: Sequence[Weights] = (),
         is_driven: bool = False,
         is_ready: bool = True,
+        meter: Meter | None = None,
     ) -> None:
         self.state = EngineState()
+        self.meter = meter or Meter()
         self.calls: list[Call] = []
         self.asked: asyncio.Queue[Script] = asyncio.Queue()
         self.running = 0
@@ -79,6 +101,11 @@ class ScriptedEngine:
         # Left alone it never ends by itself: what it says is cut at the limit that the call sets, or 16.
         self._finish = "stop" if is_driven else "length"
         self._seconds_per_token = 1 / settings.scripted_tokens_per_s
+        self._batch = _Batch(settings.scripted_max_calls, settings.scripted_total_tokens_per_s)
+
+    @property
+    def capacity(self) -> Capacity:
+        return Capacity(sequences=self._batch.most)
 
     async def start(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -99,7 +126,7 @@ class ScriptedEngine:
     async def close(self) -> None:
         self.state.become(Phase.DRAINING, "closing")
 
-    async def answer(self, call: Call) -> Answer:
+    async def answer(self, call: Call, timings: Timings | None = None) -> Answer:
         if self.state.phase is Phase.FAILED:
             raise EngineDown("the engine is down", retry_after_s=5)
         if call.endpoint is Endpoint.EMBEDDINGS:
@@ -111,7 +138,8 @@ class ScriptedEngine:
         script = Script(call)
         if self._is_driven:
             self.asked.put_nowait(script)
-        timings = Timings(queue_s=0.0)
+        timings = timings or Timings()
+        timings.queue_s = 0.0
         words = script.words() if self._is_driven else self._at_a_rate(call)
         if call.is_streaming:
             return Answer(events=self._streamed(call, words, script, timings), timings=timings)
@@ -141,20 +169,26 @@ class ScriptedEngine:
     ) -> AsyncGenerator[str, None]:
         began, first = time.perf_counter(), None
         self.running += 1
+        self.meter.begin()
         timings.prompt_tokens, timings.completion_tokens = _prompt_tokens(script.call), 0
         try:
-            async with aclosing(words):
+            async with aclosing(words), self._batch.place():
+                timings.queue_s, began = time.perf_counter() - began, time.perf_counter()
+                await self._batch.compute(timings.prompt_tokens)
                 async for word in words:
+                    await self._batch.compute(1)
                     first = first or time.perf_counter()
                     timings.completion_tokens += 1
                     timings.streamed_tokens += 1
                     timings.prefill_s, timings.decode_s = first - began, time.perf_counter() - first
+                    self.meter.step([(timings, 1)])
                     yield word
         except (asyncio.CancelledError, GeneratorExit):
             script.was_aborted = True
             raise
         finally:
             self.running -= 1
+            self.meter.end(timings)
 
     async def _at_a_rate(self, call: Call) -> AsyncGenerator[str, None]:
         weights = self._asked(call)

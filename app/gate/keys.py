@@ -20,7 +20,7 @@ from typing import NamedTuple
 import msgspec
 from filelock import FileLock
 
-from app.domain import NO_LIMITS, Caller, Limits
+from app.domain import NO_LIMITS, Caller, Limits, Priority
 from app.errors import StartRefused, Unauthenticated
 from app.gate.limits import NONE_OF_ITS_OWN, OwnLimits
 
@@ -38,6 +38,7 @@ class Key(msgspec.Struct, frozen=True):
     sha256: str
     created: int
     admin: bool = False
+    priority: Priority = Priority.INTERACTIVE
     limits: OwnLimits = NONE_OF_ITS_OWN
 
 
@@ -56,12 +57,19 @@ class KeyFile:
         except (OSError, ValueError) as error:  # msgspec's errors, and bad UTF-8, are ValueErrors
             raise StartRefused(f"the keys in {self._path} cannot be read: {error}") from error
 
-    def create(self, tenant: str, *, admin: bool = False, limits: OwnLimits = NONE_OF_ITS_OWN) -> tuple[str, Key]:
+    def create(
+        self,
+        tenant: str,
+        *,
+        admin: bool = False,
+        priority: Priority = Priority.INTERACTIVE,
+        limits: OwnLimits = NONE_OF_ITS_OWN,
+    ) -> tuple[str, Key]:
         """A new key: its secret, shown this once, and what is kept of it. Raises StartRefused on a bad tenant name."""
         if not _TENANT.fullmatch(tenant):
             raise StartRefused(f"{tenant!r} is no tenant name: letters, digits, and . _ @ - within, 64 at most")
         secret = f"rf-{secrets.token_urlsafe(32)}"
-        key = Key(f"key_{secrets.token_hex(6)}", tenant, _hash(secret), int(time.time()), admin, limits)
+        key = Key(f"key_{secrets.token_hex(6)}", tenant, _hash(secret), int(time.time()), admin, priority, limits)
         with self._writing():
             self._write([*self.read(), key])
         return secret, key
@@ -112,16 +120,20 @@ class KeyFile:
 class Gate:
     """Who a request is from. Without any key (loopback only) everybody is the tenant `default`."""
 
-    def __init__(self, file: KeyFile, defaults: Limits = NO_LIMITS) -> None:
-        """`defaults` are the limits of who has none of its own. Raises StartRefused where the file cannot be
-        understood."""
+    def __init__(self, file: KeyFile, defaults: Limits = NO_LIMITS, *, is_locked: bool = False) -> None:
+        """`defaults` are the limits of who has none of its own. `is_locked`: there were keys before, so without any
+        nobody may enter.
+
+        Raises:
+            StartRefused: the file cannot be understood.
+        """
         self._file = file
         self._defaults = defaults
         self._anybody = Caller(limits=defaults)
         self._looked = time.monotonic()
         self._stamp = file.stamp()
         self._keys = _by_hash(file.read(), defaults)
-        self._had_keys = bool(self._keys)
+        self._had_keys = is_locked or bool(self._keys)
 
     @property
     def is_open(self) -> bool:
@@ -175,7 +187,7 @@ def _by_hash(keys: list[Key], defaults: Limits) -> dict[str, _Known]:
 
 def _caller(key: Key, defaults: Limits) -> Caller:
     try:
-        return Caller(key.tenant, key.id, key.admin, key.limits.over(defaults))
+        return Caller(key.tenant, key.id, key.admin, key.priority, key.limits.over(defaults))
     except ValueError as error:
         raise StartRefused(f"the keys cannot be read: {key.id}: {error}") from error
 

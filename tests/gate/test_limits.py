@@ -19,7 +19,7 @@ from app.domain import Budget, Limits, Period
 from app.errors import EngineFailed, StartRefused
 from app.gate.keys import Gate, KeyFile
 from app.gate.limits import NONE_OF_ITS_OWN, Prices, Usage, budget, defaults
-from app.gate.meter import duration
+from app.gate.quotas import duration
 from app.settings import Settings, load
 from tests.conftest import RedisServer, Running, chat, make_settings, run_server, until
 from tests.flight.asking import Asking, on_loop, script_of

@@ -64,7 +64,7 @@ class Hold:
     took: Usage = NO_USAGE
 
 
-class Meter:
+class Quotas:
     """Of one process. While it is open, what runs is renewed and what could not be settled is tried again."""
 
     def __init__(self, settings: Settings, link: Link) -> None:

@@ -17,9 +17,9 @@ import pytest
 from app.cache.link import Link
 from app.domain import Budget, Caller, Limits, Period
 from app.errors import LimitsUnknown, QuotaSpent, RateLimited
-from app.gate import meter
+from app.gate import quotas
 from app.gate.limits import Usage
-from app.gate.meter import Meter
+from app.gate.quotas import Quotas
 from app.settings import Settings
 from tests.conftest import RedisServer, Running, make_settings, until
 from tests.gate.limited import all_at_once, ask, client_of, counted, key, settled
@@ -28,9 +28,9 @@ Serve = Callable[..., Running]
 
 
 @contextlib.asynccontextmanager
-async def opened(settings: Settings) -> AsyncIterator[Meter]:
+async def opened(settings: Settings) -> AsyncIterator[Quotas]:
     link = Link(settings, settings.redis_url.get_secret_value())  # type: ignore[union-attr]
-    made = Meter(settings, link)
+    made = Quotas(settings, link)
     async with made.opened():
         yield made
     await link.close()
@@ -122,7 +122,7 @@ async def test_a_call_for_more_than_a_minutes_tokens_waits_for_a_full_bucket_and
 # --- a process that dies, a clock that jumps, a Redis that is away ---------------------------------
 
 
-async def enters(counting: Meter, asks: Caller, most: Usage = Usage(0, 10)) -> bool:  # noqa: B008
+async def enters(counting: Quotas, asks: Caller, most: Usage = Usage(0, 10)) -> bool:  # noqa: B008
     """Whether a call of this caller is let in now."""
     try:
         async with counting.reserved(asks, most):
@@ -134,7 +134,7 @@ async def enters(counting: Meter, asks: Caller, most: Usage = Usage(0, 10)) -> b
 async def test_a_call_whose_process_died_lapses_and_one_that_runs_does_not(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(meter, "LEASE_S", 0.6)
+    monkeypatch.setattr(quotas, "LEASE_S", 0.6)
     asks = caller(concurrency=1, budget=tokens(100))
     async with opened(settings) as alive, opened(settings) as other:
         async with alive.reserved(asks, Usage(0, 100)):
@@ -166,7 +166,7 @@ async def test_no_clock_but_rediss_counts(settings: Settings, monkeypatch: pytes
 
 @pytest.mark.parametrize(("kind", "form"), [("hour", "%Y%m%d%H"), ("day", "%Y%m%d"), ("month", "%Y%m")])
 def test_periods_are_the_calendars(shared_redis: RedisServer, kind: str, form: str) -> None:
-    script = (Path(meter.__file__).parent / "lua" / "common.lua").read_text() + "return {period(ARGV[1], ARGV[2])}"
+    script = (Path(quotas.__file__).parent / "lua" / "common.lua").read_text() + "return {period(ARGV[1], ARGV[2])}"
     moments = [
         datetime(2026, 11, 25, 4, 59, 59, tzinfo=UTC) + timedelta(days=day, hours=day) for day in range(0, 3000, 17)
     ]
@@ -186,7 +186,7 @@ def test_periods_are_the_calendars(shared_redis: RedisServer, kind: str, form: s
 async def test_a_settlement_that_redis_did_not_hear_is_made_later_and_once(
     tmp_path: Path, own_redis: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(meter, "LEASE_S", 0.6)
+    monkeypatch.setattr(quotas, "LEASE_S", 0.6)
     settings = make_settings(tmp_path, own_redis, redis_timeout_s=0.2)
     asks = caller(budget=tokens(100))
     async with opened(settings) as counting:
@@ -228,8 +228,8 @@ async def test_with_redis_away_rates_are_open_and_budgets_closed_unless_set_othe
 async def test_counters_have_no_ttl_and_are_forgotten_once_they_do_not_matter(
     settings: Settings, shared_redis: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(meter, "LEASE_S", 0.3)
-    monkeypatch.setattr(meter, "SWEEP_AFTER_S", 0.1)
+    monkeypatch.setattr(quotas, "LEASE_S", 0.3)
+    monkeypatch.setattr(quotas, "SWEEP_AFTER_S", 0.1)
     redis = client_of(shared_redis)
 
     def names() -> list[str]:

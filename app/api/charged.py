@@ -13,16 +13,16 @@ from app.domain import Call, Reply, Timings
 from app.errors import AppError
 from app.flight.flight import Seat
 from app.gate.limits import Usage
-from app.gate.meter import Meter, Standing, headers
+from app.gate.quotas import Quotas, Standing, headers
 from app.service import Boarding, Plan
 from app.settings import Settings
 
 
-class Metered:
+class Charged:
     """One call. `told` are the headers of its answer, whatever that is."""
 
-    def __init__(self, meter: Meter, settings: Settings, call: Call, plan: Plan, told: dict[str, str]) -> None:
-        self._meter = meter
+    def __init__(self, quotas: Quotas, settings: Settings, call: Call, plan: Plan, told: dict[str, str]) -> None:
+        self._quotas = quotas
         self._hits_cost = settings.limit_hits
         self._call = call
         self._plan = plan
@@ -33,7 +33,7 @@ class Metered:
         if self._hits_cost == "free":
             return
         took = _usage(reply.answer.timings) if self._hits_cost == "full" else Usage()
-        self._tell(await self._meter.charge(self._call.caller, took))
+        self._tell(await self._quotas.charge(self._call.caller, took))
 
     @contextlib.asynccontextmanager
     async def aboard(self, aboard: AbstractAsyncContextManager[Boarding]) -> AsyncIterator[Boarding]:
@@ -43,7 +43,7 @@ class Metered:
             RateLimited, LimitsUnknown: it is not let in.
         """
         most = await self._most()
-        async with self._meter.reserved(self._call.caller, most) as hold:
+        async with self._quotas.reserved(self._call.caller, most) as hold:
             self._tell(hold.standing)
             seat = None
             try:
@@ -71,7 +71,7 @@ class Metered:
             return Usage()
         if not (seat.is_first and flight.is_led_here):  # somebody else's generation, or a recording after all
             return _usage(flight.timings) if self._hits_cost == "full" and flight.is_finished else Usage()
-        goes_on = not flight.is_over and (flight.seats > 0 or flight.ticket.is_kept)
+        goes_on = not flight.is_over and (bool(flight.seats) or flight.ticket.is_kept)
         if goes_on:
             return most
         if flight.timings.completion_tokens is None:  # not known: it was left before the engine had said anything
@@ -93,8 +93,11 @@ def telling(send: Send, told: dict[str, str]) -> Send:
 
     async def with_headers(message: Message) -> None:
         if message["type"] == "http.response.start" and told:
-            added = [(name.encode(), value.encode()) for name, value in told.items()]
-            message["headers"] = [*message.get("headers", ()), *added]
+            message["headers"] = [*message.get("headers", ()), *encoded(told)]
         await send(message)
 
     return with_headers
+
+
+def encoded(told: dict[str, str]) -> list[tuple[bytes, bytes]]:
+    return [(name.encode(), value.encode()) for name, value in told.items()]
