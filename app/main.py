@@ -31,9 +31,10 @@ from app.engine import Engine, cpu, room_for
 from app.errors import StartRefused
 from app.flight.flights import Flights
 from app.gate.keys import Gate, KeyFile
+from app.gate.screen import Screen
 from app.observe.access import AccessLog
 from app.service import Service
-from app.settings import Settings
+from app.settings import Settings, listed
 from app.swap import Sources, Swapper
 from app.weights import DEFAULT_MODEL, DigestMemo, InUse, Registry, Witness, pull_default, resolve, resolve_adapter
 
@@ -97,7 +98,7 @@ def create_app(
         title="Refrain", version=__version__, lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None
     )
     app.state.service = service
-    answering = mount_routes(app, service, gate, settings, swapper)
+    answering = mount_routes(app, service, gate, settings, swapper, make_screen(settings))
     mount_docs(app)
     app.add_middleware(Edge, direct=answering, access=access)
     return app
@@ -120,6 +121,12 @@ def open_gate(settings: Settings) -> Gate:
             "`refrain keys create --tenant NAME`, or bind 127.0.0.1"
         )
     return gate
+
+
+def make_screen(settings: Settings) -> Screen:
+    """What the settings allow a request to reach for."""
+    hosts = frozenset(host.lower() for host in listed(settings.media_hosts))
+    return Screen(hosts, frozenset(listed(settings.trusted_fields)), settings.grammar_max_bytes)
 
 
 def find_weights(settings: Settings, report: Callable[[str], None]) -> Weights:

@@ -29,6 +29,12 @@ from app.errors import StartRefused
 PREFIX = "REFRAIN_"
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
+# What a request may not set unless `trusted_fields` says so; what each does is in app/gate/screen.py.
+GUARDED_FIELDS = frozenset(
+    "chat_template vllm_xargs mm_processor_kwargs media_io_kwargs prompt_embeds image_embeds audio_embeds "
+    "video_embeds kv_transfer_params ec_transfer_params".split()
+)
+
 
 class Settings(BaseSettings):
     """Frozen; built once by the command line and handed down, never read from a global."""
@@ -50,6 +56,21 @@ class Settings(BaseSettings):
     body_timeout_s: float = Field(30.0, gt=0, description="Time a client has to send its body; then 408.")
     keep_alive_s: float = Field(
         10.0, gt=0, description="Silence on a stream, in seconds, before a keep-alive comment is sent."
+    )
+    media_hosts: str | None = Field(
+        None, description="Hosts that images, audio and video may be fetched from, by commas; none: no URL is fetched."
+    )
+    trusted_fields: str | None = Field(
+        None,
+        description="Guarded request fields that clients may set, by commas: chat_template, vllm_xargs, "
+        "mm_processor_kwargs, media_io_kwargs, prompt_embeds, image_embeds, audio_embeds, video_embeds, "
+        "kv_transfer_params, ec_transfer_params.",
+    )
+    grammar_max_bytes: int = Field(
+        65_536, gt=0, description="Largest schema, regex, grammar or tool of a request; more is a 400."
+    )
+    grammar_cpu_s: float = Field(
+        2.0, gt=0, description="Processor time that a schema, regex or grammar may take to prepare; more is a 400."
     )
     log_format: Literal["text", "json"] = Field("text", description="Shape of the log lines.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
@@ -214,9 +235,16 @@ class Settings(BaseSettings):
             raise ValueError("REFRAIN_REDIS_SENTINEL and REFRAIN_REDIS_CLUSTER need REFRAIN_REDIS_URL")
         return self
 
+    @field_validator("trusted_fields", mode="after")
+    @classmethod
+    def _are_guarded(cls, value: str | None) -> str | None:
+        if unknown := set(listed(value)) - GUARDED_FIELDS:
+            raise ValueError(f"{min(unknown)} is no guarded field; those are {', '.join(sorted(GUARDED_FIELDS))}")
+        return value
+
     @property
     def adapter_names(self) -> list[str]:
-        return [name.strip() for name in (self.adapters or "").split(",") if name.strip()]
+        return listed(self.adapters)
 
     @property
     def adapter_places(self) -> int:
@@ -256,6 +284,11 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         toml = TomlConfigSettingsSource(settings_cls, toml_file=config_file())
         return (init_settings, env_settings, toml)
+
+
+def listed(value: str | None) -> list[str]:
+    """The parts of a list that is written with commas."""
+    return [part.strip() for part in (value or "").split(",") if part.strip()]
 
 
 def config_file() -> Path | None:

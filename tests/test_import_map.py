@@ -19,7 +19,7 @@ app/train/                                 domain, errors, settings, weights    
 app/engine/                                domain, errors, settings, wire, lifeline, weights (the fingerprint)
     trial.py                               main too: a program of its own, with the server's wiring
     base.py                                domain, errors alone: the protocol of every engine
-    vllm.py, preload.py                    vllm, and starlette for what vLLM's own app keeps its handlers in
+    vllm.py, preload.py, stage.py          vllm, and starlette for what vLLM's own app keeps its handlers in
 app/flight/                                domain, errors, settings, wire, observe,
                                            `link` of cache                                 redis
 app/serving.py                             domain, engine
@@ -165,7 +165,8 @@ WIRING = {"app.main", "app.__main__", "app.explaining"}
 
 # A vendor -> the modules that may import it. What is not here anybody may (msgspec, pydantic, prometheus_client).
 VENDORS: dict[str, set[str]] = {
-    "vllm": {"app.engine.vllm", "app.engine.preload", "app.engine.norms", "app.api.openapi"},
+    "vllm": {"app.engine.vllm", "app.engine.preload", "app.engine.norms", "app.engine.stage", "app.api.openapi"},
+    "numpy": {"app.engine.stage"},
     "torch": {"app.engine.norms", "app.weights.convert", "app.weights.shapes", "app.train"},
     "transformers": {"app.weights.convert", "app.weights.shapes", "app.train"},
     "trl": {"app.train.training"},
@@ -193,7 +194,7 @@ VENDORS: dict[str, set[str]] = {
     "jsonschema": {"app.engine.schema", "app.train.checks"},
 }
 # Imported by nobody at the top of a module, so that `refrain --help`, hits and the docs never wait for them.
-ONLY_WHEN_NEEDED = {"vllm", "torch", "transformers", "gguf", "tokenizers", "openai", "huggingface_hub"}
+ONLY_WHEN_NEEDED = {"vllm", "torch", "numpy", "transformers", "gguf", "tokenizers", "openai", "huggingface_hub"}
 ONLY_WHEN_NEEDED |= {"trl", "peft", "datasets", "matplotlib"}
 # The fork server loads vLLM before anything is asked of it: that is what it is for, and it is guarded by a variable.
 LOADS_AHEAD = {"app.engine.preload", "app.engine.norms"}
@@ -208,7 +209,7 @@ FREE_OF_VENDORS = {
 }
 # What the names of distributions are where they differ from the module's, and what comes with vLLM itself.
 DISTRIBUTIONS = {"pythonjsonlogger": "python-json-logger", "prometheus_client": "prometheus-client"}
-WITH_VLLM = {"vllm", "torch", "transformers", "tokenizers", "gguf", "openai", "huggingface_hub"}
+WITH_VLLM = {"vllm", "torch", "numpy", "transformers", "tokenizers", "gguf", "openai", "huggingface_hub"}
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from app.domain import CacheStatus, Call, Caller, Endpoint, Reply, Timings
 from app.errors import AppError, BadCall, Broken, Draining, EngineFailed, UnknownModel
 from app.flight.names import Position, position
 from app.gate.keys import Gate
+from app.gate.screen import Screen
 from app.observe import logs, metrics
 from app.service import Boarding, Plan, Service
 from app.serving import Catalog
@@ -60,8 +61,9 @@ class _Understood(NamedTuple):
 class AnswerRoute:
     """The ASGI app behind one of the endpoints that generate."""
 
-    def __init__(self, endpoint: Endpoint, service: Service, gate: Gate, settings: Settings) -> None:
+    def __init__(self, endpoint: Endpoint, service: Service, gate: Gate, settings: Settings, screen: Screen) -> None:
         self._endpoint = endpoint
+        self._screen = screen
         self._service = service
         self._gate = gate
         self._settings = settings
@@ -120,7 +122,7 @@ class AnswerRoute:
         return _Understood(body, self._service.plan(call, wanted), 1024 + 4 * len(question.content))
 
     def _checked(self, body: dict[str, Any]) -> dict[str, Any]:
-        """What must hold before a key can be made: the model is ours, `stream` is a boolean."""
+        """What must hold before a key can be made: the model is ours, `stream` is a boolean, nothing is reached for."""
         model = body.get("model")
         if model is not None and not isinstance(model, str):
             raise BadCall("`model` must be a string", param="model")
@@ -129,6 +131,7 @@ class AnswerRoute:
             raise UnknownModel(f"the model `{model}` does not exist here; this server serves {served}", param="model")
         if not isinstance(body.get("stream", False), bool | None):
             raise BadCall("`stream` must be true or false", param="stream")
+        self._screen.check(body)
         return body
 
 

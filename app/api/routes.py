@@ -32,6 +32,7 @@ from app.errors import (
     UnknownModel,
 )
 from app.gate.keys import Gate
+from app.gate.screen import Screen
 from app.observe import logs, metrics
 from app.service import Service
 from app.serving import Serving
@@ -40,17 +41,17 @@ from app.swap import Swapper
 
 
 def mount_routes(
-    app: FastAPI, service: Service, gate: Gate, settings: Settings, swapper: Swapper
+    app: FastAPI, service: Service, gate: Gate, settings: Settings, swapper: Swapper, screen: Screen
 ) -> dict[str, ASGIApp]:
     """Add every route of the API to the app; those that answer are given back too, by path (see `Edge`)."""
     answering: dict[str, ASGIApp] = {
-        endpoint.value: AnswerRoute(endpoint, service, gate, settings) for endpoint in Endpoint
+        endpoint.value: AnswerRoute(endpoint, service, gate, settings, screen) for endpoint in Endpoint
     }
     for path, route in answering.items():
         app.router.routes.append(Route(path, route, methods=["POST"]))
     app.router.routes.append(Route("/v1/streams/{stream_id}", StreamRoute(service, gate, settings), methods=["GET"]))
     _mount_models(app, service, gate)
-    _mount_tokens(app, service, gate, settings)
+    _mount_tokens(app, service, gate, settings, screen)
     _mount_stored_responses(app, service, gate)
     _mount_health(app, service, swapper)
     _mount_admin(app, service, gate, settings)
@@ -85,11 +86,12 @@ def _mount_models(app: FastAPI, service: Service, gate: Gate) -> None:
         return JSONResponse(card(serving))
 
 
-def _mount_tokens(app: FastAPI, service: Service, gate: Gate, settings: Settings) -> None:
+def _mount_tokens(app: FastAPI, service: Service, gate: Gate, settings: Settings, screen: Screen) -> None:
     async def tokens(request: Request) -> JSONResponse:
         path = request.url.path
         _caller(request, gate, allow_x_api_key=path.startswith("/v1/messages"))
         body = await read_object(request.scope, request.receive, settings)
+        screen.check(body)
         model = body.get("model")
         serving = await service.boarded(model if isinstance(model, str) else None)
         if serving is None:

@@ -29,6 +29,7 @@ from app.domain import Answer, Call, Endpoint, Timings, Weights
 from app.engine import cpu
 from app.engine.base import EngineState, Phase
 from app.engine.measure import measure
+from app.engine.rehearsal import Rehearsals
 from app.errors import (
     AdapterFailed,
     AppError,
@@ -42,7 +43,7 @@ from app.errors import (
     UnknownModel,
     UnsupportedEndpoint,
 )
-from app.settings import Settings
+from app.settings import Settings, listed
 from app.weights import Mismatch, fingerprint_of
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ class VllmEngine:
         self._handlers: Any = None
         self._life: asyncio.Task[None] | None = None
         self._adapters = {adapter.name: adapter for adapter in adapters}
+        self._rehearsals = Rehearsals(settings.grammar_cpu_s, lambda: self._llm.vllm_config)
 
     # --- life ---------------------------------------------------------------------------------
 
@@ -111,6 +113,7 @@ class VllmEngine:
         if self._life:
             self._life.cancel()
             await asyncio.gather(self._life, return_exceptions=True)
+        await self._rehearsals.close()
         await self._shut_down()
 
     async def _live(self, *, is_loaded: bool = False) -> None:
@@ -257,6 +260,7 @@ class VllmEngine:
     # --- answers ------------------------------------------------------------------------------
 
     async def answer(self, call: Call) -> Answer:
+        await self._rehearsals.check(call.body, call.caller.tenant)
         handlers = self._ready_handlers()
         timings = Timings()
         token = _timings.set(timings)
@@ -566,6 +570,7 @@ def _prepare_environment(settings: Settings) -> None:
         "PYTHONWARNINGS": "ignore",
         "VLLM_ENABLE_RESPONSES_API_STORE": "1" if settings.responses_store else "0",
         "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",  # an allowed host must not lead to one that is not
     }
     if cpu.is_cpu():
         defaults |= cpu.environment(settings)
@@ -598,6 +603,9 @@ def arguments(settings: Settings, weights: Weights) -> list[str]:
         "chat_template": settings.chat_template,
         "use_tqdm_on_load": False,
         "fingerprint_mode": "none",
+        # A second lock behind `gate/screen.py`: for vLLM an empty list would be every host.
+        "allowed_media_domains": listed(settings.media_hosts) or ["media.invalid"],
+        "trust_request_chat_template": "chat_template" in listed(settings.trusted_fields),
     }
     if places := settings.adapter_places:
         # One more than there are: on a CPU vLLM gives calls without an adapter the last place, which must stay empty.
