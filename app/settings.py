@@ -190,6 +190,26 @@ class Settings(BaseSettings):
         64 * 2**20, gt=0, description="Memory for finished streams that can still be resumed; the oldest go first."
     )
 
+    # ledger
+    ledger: bool = Field(True, description="Record each call, and what it used and cost, in ledger/ under home.")
+    ledger_flush_s: float = Field(
+        0.2, ge=0.01, le=60, description="How often records are written to the disk; a crash loses as much."
+    )
+    ledger_file_mib: int = Field(64, gt=0, description="A file of the ledger that is larger is closed and compressed.")
+    ledger_keep_days: int = Field(400, ge=0, description="Days of records that are kept; 0: all.")
+    ledger_text_bytes: int = Field(
+        0, ge=0, le=2**20, description="Bytes of each request and response that are recorded too; 0: none."
+    )
+
+    # cost
+    price_device_hour: float = Field(0.0, ge=0, description="What one device costs per hour, in any currency.")
+    price_prompt_per_million: float = Field(0.0, ge=0, description="Price of a million prompt tokens.")
+    price_completion_per_million: float = Field(0.0, ge=0, description="Price of a million completion tokens.")
+    compare_prompt_per_million: float = Field(
+        0.0, ge=0, description="Another API's price of a million prompt tokens, for `refrain usage cost`."
+    )
+    compare_completion_per_million: float = Field(0.0, ge=0, description="The same for completion tokens.")
+
     # redis
     redis_url: SecretStr | None = Field(
         None, description="redis://, rediss:// or unix:// URL of a shared server. Without one, one is started for you."
@@ -259,6 +279,15 @@ class Settings(BaseSettings):
     @property
     def keys_path(self) -> Path:
         return self.keys_file or self.home / "keys.json"
+
+    @property
+    def ledger_root(self) -> Path:
+        return self.home / "ledger"
+
+    @property
+    def devices(self) -> int:
+        """How many one engine is spread over."""
+        return (self.tensor_parallel_size or 1) * (self.pipeline_parallel_size or 1)
 
     @property
     def weights_root(self) -> Path:

@@ -53,6 +53,11 @@ class _Corked:
             self._loop.call_soon(self._flush)
         self._waiting.append(data)
 
+    def write_at_once(self, data: bytes) -> None:
+        """With what waits before it, in one system call, now."""
+        self._waiting.append(data)
+        self._flush()
+
     def close(self) -> None:
         self._flush()
         self._transport.close()

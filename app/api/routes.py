@@ -14,7 +14,6 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
-from starlette.types import ASGIApp
 
 from app import __version__
 from app.api.answers import AnswerRoute, StreamRoute, presented_key
@@ -33,6 +32,7 @@ from app.errors import (
 )
 from app.gate.keys import Gate
 from app.gate.screen import Screen
+from app.ledger.sums import Question, dimensions, moment, summed
 from app.observe import logs, metrics
 from app.service import Service
 from app.serving import Serving
@@ -42,11 +42,9 @@ from app.swap import Swapper
 
 def mount_routes(
     app: FastAPI, service: Service, gate: Gate, settings: Settings, swapper: Swapper, screen: Screen
-) -> dict[str, ASGIApp]:
+) -> dict[str, AnswerRoute]:
     """Add every route of the API to the app; those that answer are given back too, by path (see `Edge`)."""
-    answering: dict[str, ASGIApp] = {
-        endpoint.value: AnswerRoute(endpoint, service, gate, settings, screen) for endpoint in Endpoint
-    }
+    answering = {endpoint.value: AnswerRoute(endpoint, service, gate, settings, screen) for endpoint in Endpoint}
     for path, route in answering.items():
         app.router.routes.append(Route(path, route, methods=["POST"]))
     app.router.routes.append(Route("/v1/streams/{stream_id}", StreamRoute(service, gate, settings), methods=["GET"]))
@@ -56,6 +54,7 @@ def mount_routes(
     _mount_health(app, service, swapper)
     _mount_admin(app, service, gate, settings)
     _mount_swaps(app, service, gate, settings, swapper)
+    _mount_usage(app, gate, settings)
     _mount_errors(app)
     return answering
 
@@ -156,6 +155,8 @@ def _mount_health(app: FastAPI, service: Service, swapper: Swapper) -> None:
     async def prometheus() -> Response:
         metrics.engine_ready.set(service.engine.state.phase is Phase.READY)
         metrics.engine_restarts.set(service.engine.state.restarts)
+        metrics.device_seconds.labels("busy").set(service.engine.meter.busy_s)
+        metrics.device_seconds.labels("idle").set(service.engine.meter.idle_s)
         return Response(metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/version")
@@ -191,6 +192,23 @@ def _mount_admin(app: FastAPI, service: Service, gate: Gate, settings: Settings)
             return JSONResponse({"purged": await service.store.purge(model=model, tenant=tenant)})
         except RedisDown:
             raise AppError("redis does not answer", status=503, code="redis_down", retry_after_s=5) from None
+
+
+def _mount_usage(app: FastAPI, gate: Gate, settings: Settings) -> None:
+    one_at_a_time = asyncio.Lock()
+
+    @app.get("/admin/usage")
+    async def usage(
+        request: Request,
+        by: str = "day",
+        since: str | None = None,
+        until: str | None = None,
+        model: str | None = None,
+    ) -> JSONResponse:
+        _admin(request, gate)
+        question = Question(dimensions(by), moment(since), moment(until), model)
+        async with one_at_a_time:  # in a thread: a million records take a second
+            return JSONResponse((await asyncio.to_thread(summed, settings.ledger_root, question)).told())
 
 
 def _mount_swaps(app: FastAPI, service: Service, gate: Gate, settings: Settings, swapper: Swapper) -> None:

@@ -29,7 +29,9 @@ from app.domain import Answer, Call, Endpoint, Timings, Weights
 from app.engine import cpu
 from app.engine.base import EngineState, Phase
 from app.engine.measure import measure
+from app.engine.meter import Meter
 from app.engine.rehearsal import Rehearsals
+from app.engine.steps import watch_steps
 from app.errors import (
     AdapterFailed,
     AppError,
@@ -72,10 +74,12 @@ class VllmEngine:
         *,
         check: Callable[[Weights, dict[str, Any]], None] | None = None,
         adapters: Sequence[Weights] = (),
+        meter: Meter | None = None,
     ) -> None:
         """`check` gets the fingerprint of each engine that was loaded, and raises Mismatch over a wrong one.
         `adapters` are loaded with it."""
         self.state = EngineState()
+        self.meter = meter or Meter()
         self.fingerprint: dict[str, Any] = {}
         self._settings = settings
         self._weights = weights
@@ -159,7 +163,7 @@ class VllmEngine:
         self._progress("importing vLLM")
         args = await asyncio.to_thread(_parse, self._settings, self._weights)
         self._progress("loading weights")
-        llm = await asyncio.to_thread(_build, args)
+        llm = await asyncio.to_thread(_build, args, self.meter)
         self._llm = llm
         self._progress("preparing handlers")
         self._handlers = await _host_handlers(llm, args)
@@ -259,10 +263,10 @@ class VllmEngine:
 
     # --- answers ------------------------------------------------------------------------------
 
-    async def answer(self, call: Call) -> Answer:
+    async def answer(self, call: Call, timings: Timings | None = None) -> Answer:
         await self._rehearsals.check(call.body, call.caller.tenant)
         handlers = self._ready_handlers()
-        timings = Timings()
+        timings = timings or Timings()
         token = _timings.set(timings)
         try:
             with _translated():
@@ -654,7 +658,7 @@ def _parse(settings: Settings, weights: Weights) -> Any:
     return args
 
 
-def _build(args: Any) -> Any:
+def _build(args: Any, meter: Meter) -> Any:
     import vllm.v1.engine.utils as core_processes
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -678,7 +682,9 @@ def _build(args: Any) -> Any:
                         raise EngineFailed("the generation was aborted")
                     yield output
 
-    return ObservedLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args))
+    llm = ObservedLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args))
+    watch_steps(llm, meter, _timings.get)
+    return llm
 
 
 def _note(timings: Timings, output: Any) -> None:

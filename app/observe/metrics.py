@@ -52,6 +52,13 @@ leases_lost = Counter("refrain_flight_leases_lost_total", "Generations whose lea
 resumed = Counter("refrain_streams_resumed_total", "Streams that a client came back to, by where they were.", ["found"])
 streams_kept_bytes = Gauge("refrain_streams_kept_bytes", "Memory of finished streams that can still be resumed.")
 streams_evicted = Counter("refrain_streams_evicted_total", "Finished streams that were forgotten before their time.")
+ledger_records = Counter("refrain_ledger_records_total", "Records of the usage ledger that are on the disk.")
+ledger_lost = Counter("refrain_ledger_lost_total", "Records of the usage ledger that were lost: the disk took none.")
+ledger_held = Gauge("refrain_ledger_held", "Records of the usage ledger in memory that could not be written yet.")
+ledger_up = Gauge("refrain_ledger_up", "1 while the usage ledger can be written, else 0.")
+device_seconds = Gauge(
+    "refrain_device_seconds", "Device-seconds since the start, in which the engine worked or not.", ["state"]
+)
 duration = Histogram("refrain_call_seconds", "From request to last byte.", ["cache"], buckets=_SECONDS)
 phases = Histogram("refrain_phase_seconds", "Time per phase of a call.", ["phase"], buckets=_SECONDS)
 

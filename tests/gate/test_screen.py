@@ -215,7 +215,7 @@ HARMLESS = frozenset(
     length_penalty logit_bias logprob_token_ids logprobs max_completion_tokens max_output_tokens max_tokens
     max_tool_calls messages metadata min_p min_tokens mm_payload model n output_config padding parallel_tool_calls
     presence_penalty previous_input_messages previous_response_id priority prompt prompt_cache_key prompt_logprobs
-    prompt_logprob_token_ids prompt_logprob_start reasoning reasoning_effort repetition_detection repetition_penalty
+    reasoning reasoning_effort repetition_detection repetition_penalty
     request_id response_format return_mm_kwargs return_prompt_text return_token_ids return_token_offsets
     return_tokens_as_token_ids seed service_tier session_id skip_special_tokens spaces_between_special_tokens stop
     stop_sequences stop_token_ids store stream stream_interval stream_options structured_outputs suffix system
