@@ -21,7 +21,7 @@ from fastapi import FastAPI
 from app import __version__
 from app.api.docs import mount_docs
 from app.api.edge import Edge, Ends
-from app.api.hot import STATE, HotHits, HotProtocol
+from app.api.hot import GIVE, STATE, HotHits, HotProtocol
 from app.api.routes import mount_routes
 from app.cache.embedded import EmbeddedRedis
 from app.cache.link import Link
@@ -31,13 +31,13 @@ from app.engine import Engine, Meter, cpu, room_for
 from app.errors import StartRefused
 from app.flight.flights import Flights
 from app.gate.keys import Gate, KeyFile
-from app.gate.screen import Screen
 from app.ledger.ledger import Ledger
 from app.observe.access import AccessLog
 from app.service import Service
-from app.settings import Settings, listed
+from app.settings import Settings
 from app.swap import Sources, Swapper
 from app.weights import DEFAULT_MODEL, DigestMemo, InUse, Registry, Witness, pull_default, resolve, resolve_adapter
+from app.workers import Pool
 
 log = logging.getLogger(__name__)
 
@@ -72,9 +72,13 @@ def create_app(
     first = engine or make_engine(settings, weights, on_progress, adapters=adapters, meter=meter)
     service = Service(settings, weights, first, Store(settings, link), flights, adapters)
     in_use = InUse(settings.home / "serving")
-    swapper = Swapper(
-        service, sources or swap_sources(settings, meter=meter), watch_s=settings.watch_s, tell=in_use.tell
-    )
+    pool = Pool(settings, url, service, gate)
+
+    async def tell(digests: list[str]) -> None:
+        in_use.tell(digests)
+        await pool.tell_served()
+
+    swapper = Swapper(service, sources or swap_sources(settings, meter=meter), watch_s=settings.watch_s, tell=tell)
 
     access = AccessLog(settings.log_format) if settings.access_log else None
     ledger = Ledger(settings, meter) if settings.ledger else None
@@ -103,13 +107,14 @@ def create_app(
             stack.push_async_callback(swapper.close)
             await swapper.start()
             stack.push_async_callback(flights.close)
-            yield {STATE: HotHits(answering, ends)}
+            stack.push_async_callback(pool.end)
+            yield {STATE: HotHits(answering, ends), GIVE: pool.give if settings.http_workers else None}
 
     app = FastAPI(
         title="Refrain", version=__version__, lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None
     )
-    app.state.service = service
-    answering = mount_routes(app, service, gate, settings, swapper, make_screen(settings))
+    app.state.service, app.state.pool = service, pool
+    answering = mount_routes(app, service, gate, settings, swapper, pool.counted)
     mount_docs(app)
     ends = Ends(access, ledger)
     app.add_middleware(Edge, direct=answering, ends=ends, text_bytes=settings.ledger_text_bytes)
@@ -133,12 +138,6 @@ def open_gate(settings: Settings) -> Gate:
             "`refrain keys create --tenant NAME`, or bind 127.0.0.1"
         )
     return gate
-
-
-def make_screen(settings: Settings) -> Screen:
-    """What the settings allow a request to reach for."""
-    hosts = frozenset(host.lower() for host in listed(settings.media_hosts))
-    return Screen(hosts, frozenset(listed(settings.trusted_fields)), settings.grammar_max_bytes)
 
 
 def find_weights(settings: Settings, report: Callable[[str], None]) -> Weights:
@@ -302,6 +301,18 @@ class Server(uvicorn.Server):
         if self.started:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             self._on_listening(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+            self._app.state.pool.start(sockets[0], self._take)
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        await self._app.state.pool.end()  # what has begun to arrive there comes here, and is drained with the rest
+        await super().shutdown(sockets)
+
+    async def _take(self, connection: socket.socket, received: bytes) -> None:
+        """A client's connection from a worker, as if it had been accepted here."""
+        protocol = HotProtocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+        protocol.received_before = received
+        with contextlib.suppress(OSError):  # its client has left
+            await asyncio.get_running_loop().connect_accepted_socket(lambda: protocol, connection)
 
 
 def run(settings: Settings, app: FastAPI, on_listening: Callable[[str], None]) -> bool:

@@ -297,15 +297,28 @@ class Service:
             return None
         began = time.perf_counter()
         held = self.store.held(plan.slot)
-        if held is None or len(held.recording.head) > AT_HAND_BYTES:
+        reply = self._whole(call, plan, held, began) if held is not None else None
+        metrics.hits.near += reply is not None
+        return reply
+
+    async def fetched(self, call: Call, plan: Plan) -> Reply | None:
+        """The same; Redis is asked for what this process does not hold."""
+        if plan.slot is None or not plan.may_read or plan.samples:
             return None
+        if self.store.held(plan.slot) is not None:
+            return self.at_hand(call, plan)
+        began = time.perf_counter()
+        held = await self.store.find(plan.slot)
+        return self._whole(call, plan, held, began) if held is not None else None
+
+    def _whole(self, call: Call, plan: Plan, held: Held, began: float) -> Reply | None:
         age = age_s(held.recording)
-        if not plan.directives.accepts(age) or self._stale_s(plan, age) > 0:
+        is_too_long = len(held.recording.head) > AT_HAND_BYTES
+        if is_too_long or not plan.directives.accepts(age) or self._stale_s(plan, age) > 0:
             return None
         fitting = _fitted(held, plan)
         if fitting is None:
             return None
-        metrics.hits.near += 1
         answer = Answer(body=forms.replay(fitting, call), timings=forms.timings_of(fitting.recording))
         reply = self._reply(call, plan, fitting, CacheStatus.HIT, answer)
         answer.timings.cache_s = time.perf_counter() - began

@@ -51,6 +51,9 @@ class Settings(BaseSettings):
         description="Where weights, keys and run-time files live.",
     )
     drain_s: float = Field(30.0, ge=0, description="How long SIGTERM waits for running answers, in seconds.")
+    http_workers: int = Field(
+        0, ge=0, le=64, description="Processes beside the server's own that answer hits; see README."
+    )
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Largest request body; more is a 413.")
     max_json_depth: int = Field(64, ge=8, le=500, description="Deepest nesting of a request body; more is a 400.")
     body_timeout_s: float = Field(30.0, gt=0, description="Time a client has to send its body; then 408.")
@@ -349,6 +352,25 @@ def load(**overrides: Any) -> Settings:
         raise StartRefused(_first_mistake(error, given)) from error
     except (tomllib.TOMLDecodeError, ValueError) as error:
         raise StartRefused(f"settings cannot be read: {error}") from error
+
+
+def to_hand_down(settings: Settings) -> dict[str, Any]:
+    """Every value in plain types, secrets as they are: for a process of ours that shall have the very same."""
+    secrets = {name: value.get_secret_value() for name, value in settings if isinstance(value, SecretStr)}
+    return settings.model_dump(mode="json") | secrets
+
+
+def handed_down(values: dict[str, Any]) -> Settings:
+    """The settings of `to_hand_down`, whatever environment and file say here and now."""
+    return _HandedDown(**values)
+
+
+class _HandedDown(Settings):
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
 
 
 def _first_mistake(error: ValidationError, given: dict[str, Any]) -> str:

@@ -35,6 +35,9 @@ app/api/                                   domain, errors, settings, wire, servi
                                            observe, `Phase` of engine, `policy` of cache, `names` of flight
                                                                                            fastapi, starlette
     openapi.py                             domain, errors; vllm and openai inside `build`: a generator, not the server
+app/workers/                               domain, errors, settings, service, serving, gate, observe, lifeline; `hot`,
+                                           `answers` and `edge` of api; of cache and flight what a Service is made of
+                                                                                           httptools, uvloop
 app/explaining.py                          everything: a command's inside
 app/main.py                                everything: the wiring                          fastapi, uvicorn
 app/__main__.py                            everything, inside its commands                 typer, rich
@@ -170,12 +173,30 @@ OURS: dict[str, set[str]] = {
         "app.wire",
     },
     "app.api.openapi": {"app", "app.api.openapi_examples", "app.domain", "app.errors"},
+    "app.workers": {
+        "app.api.answers",
+        "app.api.edge",
+        "app.api.hot",
+        "app.cache.link",
+        "app.cache.store",
+        "app.domain",
+        "app.engine",
+        "app.flight.flights",
+        "app.gate",
+        "app.ledger.ledger",
+        "app.lifeline",
+        "app.observe",
+        "app.service",
+        "app.serving",
+        "app.settings",
+        "app.workers",
+    },
     "app.explaining": {"app"},
     "app.main": {"app"},
     "app.__main__": {"app"},
 }
 # The rooms whose insides nobody but themselves and the wiring may reach into.
-DOORS = {"app.engine", "app.weights", "app.wire"}
+DOORS = {"app.engine", "app.weights", "app.wire", "app.workers"}
 WIRING = {"app.main", "app.__main__", "app.explaining"}
 
 # A vendor -> the modules that may import it. What is not here anybody may (msgspec, pydantic, prometheus_client).
@@ -202,6 +223,8 @@ VENDORS: dict[str, set[str]] = {
     "fastapi": {"app.api", "app.main"},
     "starlette": {"app.api", "app.engine.vllm"},
     "uvicorn": {"app.api", "app.main"},
+    "httptools": {"app.workers.front"},
+    "uvloop": {"app.workers.__main__"},
     "typer": {"app.__main__", "app.ledger.cli", "app.plan.cli", "app.train.cli"},
     "rich": {"app.__main__", "app.ledger.cli", "app.ledger.shown", "app.plan.cli", "app.train.cli"},
     "huggingface_hub": {"app.weights.resolve"},
@@ -390,7 +413,15 @@ HEAVY = ("vllm", "torch", "transformers", "openai")
 
 
 @pytest.mark.parametrize(
-    "module", ["app.__main__", "app.main", "app.engine.vllm", "app.engine.scripted", "app.api.docs"]
+    "module",
+    [
+        "app.__main__",
+        "app.main",
+        "app.engine.vllm",
+        "app.engine.scripted",
+        "app.api.docs",
+        "app.workers.worker",
+    ],
 )
 def test_importing_it_loads_nothing_heavy(module: str) -> None:
     """The map by deed: also what our vendors import on their own."""

@@ -30,7 +30,7 @@ from app.ledger.record import Record
 from app.observe import logs, metrics
 from app.service import Boarding, Plan, Service
 from app.serving import Catalog
-from app.settings import Settings
+from app.settings import Settings, listed
 
 log = logging.getLogger(__name__)
 
@@ -76,9 +76,9 @@ class _Understood(NamedTuple):
 class AnswerRoute:
     """The ASGI app behind one of the endpoints that generate."""
 
-    def __init__(self, endpoint: Endpoint, service: Service, gate: Gate, settings: Settings, screen: Screen) -> None:
+    def __init__(self, endpoint: Endpoint, service: Service, gate: Gate, settings: Settings) -> None:
         self._endpoint = endpoint
-        self._screen = screen
+        self._screen = screen_of(settings)
         self._service = service
         self._gate = gate
         self._settings = settings
@@ -119,6 +119,29 @@ class AnswerRoute:
         """The response to a hot hit, headers and body, without asking or waiting for anybody. None: it is no such hit,
         or there is more to it, and the call goes the whole way (`__call__`), refusals included."""
         began = time.perf_counter()
+        question = self._plain(headers, content, fields, record)
+        known = self._memo.get(question) if question is not None else None
+        if question is None or known is None:
+            return None
+        call = Call(self._endpoint, known.body, question.caller, "")
+        return self._response(question, call, self._service.at_hand(call, known.plan), fields, record, began)
+
+    async def fetched(
+        self, headers: Headers, content: bytes, fields: dict[str, Any], record: Record
+    ) -> tuple[Headers, bytes] | None:
+        """The same for a hit that Redis has; it is then held here, and the next one is `at_once`."""
+        began = time.perf_counter()
+        question = self._plain(headers, content, fields, record)
+        if question is None:
+            return None
+        try:
+            call, plan = self._understood(question)
+        except AppError:
+            return None
+        return self._response(question, call, await self._service.fetched(call, plan), fields, record, began)
+
+    def _plain(self, headers: Headers, content: bytes, fields: dict[str, Any], record: Record) -> _Question | None:
+        """What is asked, where there is nothing more to it than its body and its key."""
         named = dict(headers)
         if not named.keys() <= _NOTHING_MORE or len(named) != len(headers) or not is_json(named):
             return None
@@ -126,18 +149,23 @@ class AnswerRoute:
             caller = self._admit(named, fields, record)
         except AppError:
             return None
-        question = _Question(caller, self._service.catalog, named.get(b"cache-control"), content)
-        known = self._memo.get(question)
-        if known is None:
-            return None
-        call = Call(self._endpoint, known.body, caller, "")
-        reply = self._service.at_hand(call, known.plan)
+        return _Question(caller, self._service.catalog, named.get(b"cache-control"), content)
+
+    def _response(
+        self,
+        question: _Question,
+        call: Call,
+        reply: Reply | None,
+        fields: dict[str, Any],
+        record: Record,
+        began: float,
+    ) -> tuple[Headers, bytes] | None:
         if reply is None or reply.answer.body is None:
             return None
         record.stream = call.is_streaming
         headers = _reply_headers(reply, b"text/event-stream" if record.stream else b"application/json")
         if self._text_bytes:
-            record.request = content[: self._text_bytes].decode(errors="replace")
+            record.request = question.content[: self._text_bytes].decode(errors="replace")
             record.response = reply.answer.body[: self._text_bytes].decode(errors="replace")
         _tell(fields, reply.cache, reply.answer.timings, time.perf_counter() - began)
         record.note_answer(fields["cache"], reply.weights, reply.answer.timings)
@@ -182,6 +210,12 @@ class AnswerRoute:
             raise BadCall("`stream` must be true or false", param="stream")
         self._screen.check(body)
         return body
+
+
+def screen_of(settings: Settings) -> Screen:
+    """What the settings allow a request to reach for."""
+    hosts = frozenset(host.lower() for host in listed(settings.media_hosts))
+    return Screen(hosts, frozenset(listed(settings.trusted_fields)), settings.grammar_max_bytes)
 
 
 class StreamRoute:

@@ -9,13 +9,15 @@ on_headers_complete    may it be a hot hit? then hold it back          else: uvi
 on_message_complete    it is: write the response                       it is not: hand it on
 after a moment         its rest is still on its way:                   hand it on, so that the app can time it out
 ```
+Where there are workers (`workers/`), connections go between them and this process: to here with what is no hit, and
+back when that is answered.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from app.api.answers import MEMO_BODY_BYTES, AnswerRoute, Headers
@@ -27,6 +29,10 @@ from app.ledger.record import Record
 PATIENCE_S = 0.2
 # Where the app puts its `HotHits` in the lifespan's state, and the protocol finds it.
 STATE = "hot_hits"
+# And a function that takes the connection of an idle transport to a worker, or returns False.
+GIVE = "give_connection"
+# How often, and for how long in seconds, the last answer is waited for to be taken before a connection can be given.
+_TRIES, _TRY_S = 5, 0.002
 
 
 class HotHits:
@@ -46,27 +52,61 @@ class HotHits:
         fields: dict[str, Any] = {}
         record = Record(endpoint=path)
         found = route.at_once(headers, content, fields, record)
-        if found is None:
-            return None
-        request_id = request_id_of(headers)
+        return None if found is None else self._noted(path, headers, found, fields, record, began)
+
+    async def fetched(self, url: bytes, headers: Headers, content: bytes) -> tuple[Headers, bytes] | None:
+        """The same for a hit that Redis has."""
+        began = time.perf_counter()
+        path, route = self._routes[url]
+        fields: dict[str, Any] = {}
+        record = Record(endpoint=path)
+        found = await route.fetched(headers, content, fields, record)
+        return None if found is None else self._noted(path, headers, found, fields, record, began)
+
+    def _noted(
+        self,
+        path: str,
+        asked: Headers,
+        found: tuple[Headers, bytes],
+        fields: dict[str, Any],
+        record: Record,
+        began: float,
+    ) -> tuple[Headers, bytes]:
+        request_id = request_id_of(asked)
         self._ends.note(request_id, "POST", path, 200, time.perf_counter() - began, fields, record)
         return [*found[0], *own_headers(request_id)], found[1]
+
+
+def rendered(default: Headers, headers: Headers, body: bytes) -> bytes:
+    """A whole response, status 200. `default` are those that every response of the server has."""
+    every = [*default, *headers, (b"content-length", b"%d" % len(body))]
+    return b"HTTP/1.1 200 OK\r\n" + b"".join([b"%b: %b\r\n" % header for header in every]) + b"\r\n" + body
 
 
 class HotProtocol(CorkedProtocol):
     """uvicorn's protocol, with hot hits answered in it."""
 
+    # What was received on the connection before it came here.
+    received_before = b""
     _held: bytearray | None = None
     _patience: asyncio.TimerHandle | None = None
+    _is_asking = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._hot: HotHits | None = self.app_state.get(STATE)
+        self._give: Callable[[asyncio.Transport], bool] | None = self.app_state.get(GIVE)
+        if self.received_before:
+            self.data_received(self.received_before)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self._held is not None and self._patience is None:  # most clients send head and body apart
             self._patience = self.loop.call_later(PATIENCE_S, self._hand_on)
+
+    def on_message_begin(self) -> None:
+        self._is_asking = True
+        super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         if self._may_be_hot():
@@ -83,12 +123,30 @@ class HotProtocol(CorkedProtocol):
             self._hand_on()
 
     def on_message_complete(self) -> None:
+        self._is_asking = False
         if self._held is not None:
             if self._answered(bytes(self._held)):
                 self._let_go()
                 return
             self._hand_on()
         super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._give is not None and self.tasks:  # this answer was no hot hit, or others are being made
+            self.loop.call_soon(self._give_away, _TRIES)
+
+    def _give_away(self, tries: int) -> None:
+        """To a worker, unless the next request is there already."""
+        if self._give is None or self._is_asking or self.transport.is_closing():
+            return
+        if self.pipeline or not (self.cycle is None or (self.cycle.response_complete and self.cycle.keep_alive)):
+            return
+        if not self.transport.get_write_buffer_size():
+            if self._give(self.transport):
+                self.transport.abort()
+        elif tries:
+            self.loop.call_later(_TRY_S, self._give_away, tries - 1)
 
     def send_400_response(self, msg: str) -> None:
         self._let_go()
@@ -133,10 +191,6 @@ class HotProtocol(CorkedProtocol):
         response = self._hot.response(self.url, self.headers, content) if self._hot is not None else None
         if response is None:
             return False
-        self.transport.write_at_once(self._rendered(*response))  # type: ignore[attr-defined]
+        self.transport.write_at_once(rendered(self.server_state.default_headers, *response))  # type: ignore[attr-defined]
         self.on_response_complete()
         return True
-
-    def _rendered(self, headers: Headers, body: bytes) -> bytes:
-        every = [*self.server_state.default_headers, *headers, (b"content-length", b"%d" % len(body))]
-        return b"HTTP/1.1 200 OK\r\n" + b"".join([b"%b: %b\r\n" % header for header in every]) + b"\r\n" + body

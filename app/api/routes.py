@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version as distribution_version
@@ -16,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 from app import __version__
-from app.api.answers import AnswerRoute, StreamRoute, presented_key
+from app.api.answers import AnswerRoute, StreamRoute, presented_key, screen_of
 from app.api.body import read_object
 from app.domain import Answer, Caller, Endpoint
 from app.engine import Phase
@@ -31,7 +32,6 @@ from app.errors import (
     UnknownModel,
 )
 from app.gate.keys import Gate
-from app.gate.screen import Screen
 from app.ledger.sums import Question, dimensions, moment, summed
 from app.observe import logs, metrics
 from app.service import Service
@@ -41,17 +41,25 @@ from app.swap import Swapper
 
 
 def mount_routes(
-    app: FastAPI, service: Service, gate: Gate, settings: Settings, swapper: Swapper, screen: Screen
+    app: FastAPI,
+    service: Service,
+    gate: Gate,
+    settings: Settings,
+    swapper: Swapper,
+    counted_elsewhere: Callable[[], Awaitable[metrics.Counts]],
 ) -> dict[str, AnswerRoute]:
-    """Add every route of the API to the app; those that answer are given back too, by path (see `Edge`)."""
-    answering = {endpoint.value: AnswerRoute(endpoint, service, gate, settings, screen) for endpoint in Endpoint}
+    """Add every route of the API to the app; those that answer are given back too, by path (see `Edge`).
+
+    `counted_elsewhere` gives what other processes have counted of this server's responses.
+    """
+    answering = {endpoint.value: AnswerRoute(endpoint, service, gate, settings) for endpoint in Endpoint}
     for path, route in answering.items():
         app.router.routes.append(Route(path, route, methods=["POST"]))
     app.router.routes.append(Route("/v1/streams/{stream_id}", StreamRoute(service, gate, settings), methods=["GET"]))
     _mount_models(app, service, gate)
-    _mount_tokens(app, service, gate, settings, screen)
+    _mount_tokens(app, service, gate, settings)
     _mount_stored_responses(app, service, gate)
-    _mount_health(app, service, swapper)
+    _mount_health(app, service, swapper, counted_elsewhere)
     _mount_admin(app, service, gate, settings)
     _mount_swaps(app, service, gate, settings, swapper)
     _mount_usage(app, gate, settings)
@@ -85,7 +93,9 @@ def _mount_models(app: FastAPI, service: Service, gate: Gate) -> None:
         return JSONResponse(card(serving))
 
 
-def _mount_tokens(app: FastAPI, service: Service, gate: Gate, settings: Settings, screen: Screen) -> None:
+def _mount_tokens(app: FastAPI, service: Service, gate: Gate, settings: Settings) -> None:
+    screen = screen_of(settings)
+
     async def tokens(request: Request) -> JSONResponse:
         path = request.url.path
         _caller(request, gate, allow_x_api_key=path.startswith("/v1/messages"))
@@ -127,7 +137,12 @@ def _as_response(answer: Answer) -> Response:
     return Response(answer.body, media_type="application/json")
 
 
-def _mount_health(app: FastAPI, service: Service, swapper: Swapper) -> None:
+def _mount_health(
+    app: FastAPI,
+    service: Service,
+    swapper: Swapper,
+    counted_elsewhere: Callable[[], Awaitable[metrics.Counts]],
+) -> None:
     @app.get("/healthz")
     async def alive() -> dict[str, str]:
         return {"status": "alive"}
@@ -157,7 +172,7 @@ def _mount_health(app: FastAPI, service: Service, swapper: Swapper) -> None:
         metrics.engine_restarts.set(service.engine.state.restarts)
         metrics.device_seconds.labels("busy").set(service.engine.meter.busy_s)
         metrics.device_seconds.labels("idle").set(service.engine.meter.idle_s)
-        return Response(metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+        return Response(metrics.exposition(await counted_elsewhere()), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/version")
     async def version() -> dict[str, str]:

@@ -10,10 +10,10 @@ from vllm.entrypoints.anthropic.protocol import AnthropicContentBlock, Anthropic
 from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest, TokenizeCompletionRequest
 from vllm.renderers.chat_utils import _KNOWN_CONTENT_PART_FIELDS, MM_PARSER_MAP
 
+from app.api.answers import screen_of
 from app.domain import Endpoint
 from app.errors import BadCall
 from app.gate.screen import _MEDIA, _TENSORS, GUARDED, Screen
-from app.main import make_screen
 from app.settings import GUARDED_FIELDS
 from tests.cache.test_fields import BODIES, MODELS
 from tests.conftest import Running, chat, make_settings
@@ -149,7 +149,7 @@ def test_what_the_model_said_may_hold_any_url() -> None:
 
 
 def test_media_come_from_the_hosts_that_are_allowed_alone(tmp_path) -> None:
-    screen = make_screen(make_settings(tmp_path, None, media_hosts="Images.example.com, cdn.example.com"))
+    screen = screen_of(make_settings(tmp_path, None, media_hosts="Images.example.com, cdn.example.com"))
     for url in ("https://images.example.com/a.png?x=1#f", "http://CDN.example.com:8080/", "https://cdn.example.com"):
         screen.check(REFERENCES["image"][1](url))
     for url in (
@@ -177,7 +177,7 @@ def test_fields_that_reach_into_the_engine_are_refused_unless_trusted(name: str,
     with pytest.raises(BadCall) as refused:
         Screen().check(body)
     assert (refused.value.param, refused.value.code) == (name, "field_not_allowed")
-    make_screen(make_settings(tmp_path, None, trusted_fields=inner or outer)).check(body)
+    screen_of(make_settings(tmp_path, None, trusted_fields=inner or outer)).check(body)
     Screen().check(chat() | {outer: None})
     Screen().check(chat() | {"chat_template_kwargs": {"enable_thinking": False}})
 
