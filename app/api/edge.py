@@ -16,6 +16,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.body import ClientLeft
+from app.api.browsers import Browsers
 from app.errors import AppError
 from app.ledger.ledger import Ledger
 from app.ledger.record import Record
@@ -39,8 +40,17 @@ class Edge:
     its response are recorded.
     """
 
-    def __init__(self, app: ASGIApp, *, direct: Mapping[str, ASGIApp], ends: Ends, text_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        direct: Mapping[str, ASGIApp],
+        ends: Ends,
+        browsers: Browsers,
+        text_bytes: int = 0,
+    ) -> None:
         self._app = app
+        self._browsers = browsers
         self._direct = direct
         self._ends = ends
         self._text_bytes = text_bytes
@@ -69,6 +79,7 @@ class Edge:
 
         app = self._direct.get(scope["path"], self._app) if scope["method"] == "POST" else self._app
         try:
+            self._browsers.check(scope["headers"])
             await app(scope, receive, send_with_id)
         except ClientLeft:  # there is nobody to answer
             record.finish = "left"

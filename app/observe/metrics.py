@@ -41,6 +41,9 @@ swap_seconds = Histogram(
 )
 in_flight = Gauge("refrain_generations_in_flight", "Generations that are running or queued for this server's clients.")
 left = Counter("refrain_clients_left_total", "Clients that went away before their answer was complete.")
+cut_off = Counter(
+    "refrain_connections_cut_off_total", "Connections that were ended because the client was too slow.", ["waiting_for"]
+)
 reused = Counter(
     "refrain_cache_reused_total", "Hits on an answer that was made for a call of another shape, by rule.", ["rule"]
 )
