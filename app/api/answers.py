@@ -25,6 +25,7 @@ from app.domain import CacheStatus, Call, Caller, Endpoint, Reply, Timings
 from app.errors import AppError, BadCall, Broken, Draining, EngineFailed, UnknownModel
 from app.flight.names import Position, position
 from app.gate.keys import Gate
+from app.gate.owned import check_id, new_id
 from app.gate.screen import Screen
 from app.ledger.record import Record
 from app.observe import logs, metrics
@@ -39,6 +40,8 @@ Headers = list[tuple[bytes, bytes]]
 # What is understood of recent requests is kept up to this much memory, and not for bodies larger than that.
 MEMO_BYTES = 16 * 2**20
 MEMO_BODY_BYTES = 64 * 2**10
+
+RESPONSE_ID = "resp_"
 
 # The headers beside which a hot hit needs nothing more than its body and its key: what SDKs send with every call, and
 # none of it can change what is answered. Any other header may mean something, and its call goes the whole way.
@@ -195,8 +198,19 @@ class AnswerRoute:
         header = (question.cache_control or b"").decode("latin-1")
         wanted = directives(header, body.pop("cache", None))
         call = Call(self._endpoint, self._checked(body), question.caller, "")
+        plan = self._service.plan(call, wanted)
+        if self._endpoint is Endpoint.RESPONSES:
+            self._name_response(body, question.caller.tenant)
         # The bytes, and about three times as much for the objects made of them.
-        return _Understood(body, self._service.plan(call, wanted), 1024 + 4 * len(question.content))
+        return _Understood(body, plan, 1024 + 4 * len(question.content))
+
+    def _name_response(self, body: dict[str, Any], tenant: str) -> None:
+        """vLLM would let a client choose the id that its response is stored under, and read any that it knows of."""
+        body.pop("request_id", None)
+        if self._settings.responses_store and body.get("store") is not False:  # understood anew each time
+            body["request_id"] = new_id(RESPONSE_ID, tenant)
+        if isinstance(before := body.get("previous_response_id"), str):
+            check_id(before, RESPONSE_ID, tenant)
 
     def _checked(self, body: dict[str, Any]) -> dict[str, Any]:
         """What must hold before a key can be made: the model is ours, `stream` is a boolean, nothing is reached for."""
