@@ -36,6 +36,7 @@ from app.flight.flights import Flights
 from app.gate.keys import Gate, KeyFile
 from app.ledger.ledger import Ledger
 from app.observe.access import AccessLog
+from app.observe.traces import Tracer
 from app.service import Service
 from app.settings import Settings, listed
 from app.swap import Sources, Swapper
@@ -84,6 +85,7 @@ def create_app(
     swapper = Swapper(service, sources or swap_sources(settings, meter=meter), watch_s=settings.watch_s, tell=tell)
 
     access = AccessLog(settings.log_format) if settings.access_log else None
+    tracer = open_tracer() if settings.traces else None
     ledger = Ledger(settings, meter) if settings.ledger else None
     if ledger is not None:
         flights.on_rest = lambda ticket, device_s: ledger.note_rest(
@@ -95,6 +97,8 @@ def create_app(
         async with AsyncExitStack() as stack:
             if access is not None:
                 await stack.enter_async_context(access)
+            if tracer is not None:
+                stack.push_async_callback(asyncio.to_thread, tracer.close)
             if ledger is not None:  # closed when nothing can be noted any more
                 await stack.enter_async_context(ledger)
             if redis is not None:
@@ -123,7 +127,7 @@ def create_app(
     app.state.service, app.state.pool = service, pool
     answering = mount_routes(app, service, gate, settings, swapper, pool.counted)
     mount_docs(app)
-    ends = Ends(access, ledger)
+    ends = Ends(access, ledger, tracer)
     browsers = Browsers(gate, frozenset(listed(settings.cors_origins)), frozenset(listed(settings.allowed_hosts)))
     app.add_middleware(Edge, direct=answering, ends=ends, browsers=browsers, text_bytes=settings.ledger_text_bytes)
     if browsers.origins:
@@ -154,6 +158,15 @@ def open_gate(settings: Settings) -> Gate:
             "`refrain keys create --tenant NAME`, or bind 127.0.0.1"
         )
     return gate
+
+
+def open_tracer() -> Tracer:
+    """Raises StartRefused where OpenTelemetry is not installed."""
+    try:
+        from app.observe.otel import OtelTracer
+    except ImportError as error:
+        raise StartRefused(f"REFRAIN_TRACES needs OpenTelemetry: pip install 'refrain[otel]' ({error})") from error
+    return OtelTracer(__version__)
 
 
 def find_weights(settings: Settings, report: Callable[[str], None]) -> Weights:

@@ -42,6 +42,7 @@ from app.flight.flights import Flights
 from app.flight.names import Position
 from app.flight.ride import Ride
 from app.observe import metrics
+from app.observe.traces import span
 from app.serving import Catalog, Serving
 from app.settings import Settings
 
@@ -499,10 +500,11 @@ class Service:
     ) -> AsyncGenerator[bytes, None]:
         began, engine = time.perf_counter(), plan.serving.engine
         await engine.state.ready(self._settings.loading_wait_s)
-        with metrics.in_flight.track_inprogress(), plan.serving.hold():
+        with metrics.in_flight.track_inprogress(), plan.serving.hold(), span("engine") as told:
             is_counted = plan.may_write and forms.counts_choices(call, plan.shape, is_stream=flight.is_stream)
             asked = forms.in_engine_form(call, is_stream=flight.is_stream)
             flight.timings = Timings(device_s=flight.timings.device_s, paid_s=flight.timings.paid_s)
+            told.phases = flight.timings.engine_phases
             answer = await engine.answer(forms.asking_for_token_ids(asked) if is_counted else asked, flight.timings)
             if answer.body is not None:
                 body, choice_tokens = forms.without_token_ids(answer.body) if is_counted else (answer.body, None)
@@ -582,7 +584,9 @@ class Service:
     async def _keep(self, call: Call, plan: Plan, standing: Recording | None, recording: Recording) -> None:
         """In the family's place if it serves all that stands there serves; else beside it."""
         slot = plan.slot if standing is None or reuse.covers(recording, standing) else plan.exact
-        if slot is not None and await self.store.keep(slot, recording):
+        with span("record"):
+            is_kept = slot is not None and await self.store.keep(slot, recording)
+        if is_kept:
             metrics.recorded.labels(call.endpoint.label).inc()
 
 

@@ -94,6 +94,9 @@ class Settings(BaseSettings):
     log_format: Literal["text", "json"] = Field("text", description="Shape of the log lines.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
     access_log: bool = Field(True, description="One line per call.")
+    traces: bool = Field(
+        False, description="Send OpenTelemetry spans to where OTEL_EXPORTER_OTLP_ENDPOINT says; needs refrain[otel]."
+    )
 
     # model
     model: str = Field(

@@ -29,6 +29,7 @@ from app.gate.owned import check_id, new_id
 from app.gate.screen import Screen
 from app.ledger.record import Record
 from app.observe import logs, metrics
+from app.observe.traces import span
 from app.service import Boarding, Plan, Service
 from app.serving import Catalog
 from app.settings import Settings, listed
@@ -92,11 +93,13 @@ class AnswerRoute:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         began = time.perf_counter()
         headers, fields, record = dict(scope["headers"]), scope["refrain"], scope["record"]
-        caller = self._admit(headers, fields, record)
-        content = await read(headers, receive, self._settings)
-        if self._text_bytes:
-            record.request = content[: self._text_bytes].decode(errors="replace")
-        call, plan = self._understood(_Question(caller, self._service.catalog, headers.get(b"cache-control"), content))
+        with span("gate"):
+            caller = self._admit(headers, fields, record)
+            content = await read(headers, receive, self._settings)
+            if self._text_bytes:
+                record.request = content[: self._text_bytes].decode(errors="replace")
+            question = _Question(caller, self._service.catalog, headers.get(b"cache-control"), content)
+            call, plan = self._understood(question)
         record.stream, record.weights = call.is_streaming, plan.serving.weights.short
 
         if (idempotency_key := headers.get(b"idempotency-key")) is not None:
@@ -106,7 +109,8 @@ class AnswerRoute:
         came_back = _position(headers.get(b"last-event-id")) if may_come_back else None
 
         looking = time.perf_counter()
-        reply = await self._service.recall(call, plan) if came_back is None else None
+        with span("cache"):
+            reply = await self._service.recall(call, plan) if came_back is None else None
         if reply is not None:
             status, timings = reply.cache, reply.answer.timings
             record.note_answer(status.value, reply.weights, timings)
@@ -297,13 +301,15 @@ async def _answer(aboard: AbstractAsyncContextManager[Boarding], stream: _Stream
     async with aboard as boarding:
         stream.board(boarding)
         if not boarding.ride.is_streaming:
-            reply = await boarding.reply()
+            with span("flight"):
+                reply = await boarding.reply()
             stream.answer(reply)
             await _send(reply, send)
             return reply.answer.timings
         async with stream.kept_alive():
             try:
-                reply = await boarding.reply()
+                with span("flight"):
+                    reply = await boarding.reply()
                 stream.answer(reply)
                 assert reply.answer.events is not None  # noqa: S101 - a streaming call
                 async with aclosing(reply.answer.events) as events:  # type: ignore[type-var]

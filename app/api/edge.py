@@ -22,6 +22,7 @@ from app.ledger.ledger import Ledger
 from app.ledger.record import Record
 from app.observe import logs, metrics
 from app.observe.access import AccessLog
+from app.observe.traces import Tracer
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,8 @@ class Edge:
         token = logs.request_id.set(request_id)
         fields: dict[str, Any] = {}
         scope["refrain"] = fields
+        if self._ends.tracer is not None:
+            fields["trace"] = self._ends.tracer.begin(scope["headers"], scope["method"], scope["path"])
         record = scope["record"] = Record(endpoint=_endpoint(scope["path"]))
         began = time.perf_counter()
         status = 0
@@ -105,7 +108,8 @@ class Edge:
 class Ends:
     """What is done when a response has ended, whichever way it went."""
 
-    def __init__(self, access: AccessLog | None, ledger: Ledger | None) -> None:
+    def __init__(self, access: AccessLog | None, ledger: Ledger | None, tracer: Tracer | None = None) -> None:
+        self.tracer = tracer
         self._access = access
         self._ledger = ledger
 
@@ -126,6 +130,8 @@ class Ends:
         metrics.child(metrics.responses, str(status)).inc()
         if self._access is not None and path not in _QUIET:
             self._access.note(request_id, method, path, status, seconds * 1000, fields)
+        if self.tracer is not None:
+            self.tracer.note(request_id, method, path, status, seconds, fields)
         if self._ledger is not None and record.tenant:
             record.id, record.status, record.total_s, record.time = request_id, status, seconds, time.time()
             self._ledger.note(record)

@@ -45,6 +45,7 @@ from app.errors import (
     UnknownModel,
     UnsupportedEndpoint,
 )
+from app.observe.traces import carrier
 from app.settings import Settings, listed
 from app.weights import Mismatch, fingerprint_of
 
@@ -669,9 +670,11 @@ def _build(args: Any, meter: Meter) -> Any:
     class ObservedLLM(AsyncLLM):  # type: ignore[misc]
         """AsyncLLM that notes each call's timings where the call's own task can read them."""
 
-        async def generate(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        async def generate(self, *given: Any, **named: Any) -> AsyncGenerator[Any, None]:
             timings = _timings.get()
-            async with aclosing(super().generate(*args, **kwargs)) as outputs:
+            if args.otlp_traces_endpoint is not None:  # else vLLM warns that nobody takes its spans
+                named["trace_headers"] = carrier()
+            async with aclosing(super().generate(*given, **named)) as outputs:
                 async for output in outputs:
                     if timings is not None:
                         timings.streamed_tokens += sum(len(part.token_ids) for part in output.outputs)
