@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import hashlib
 import itertools
 import json
 import logging
@@ -271,7 +272,7 @@ class VllmEngine:
         token = _timings.set(timings)
         try:
             with _translated():
-                produced = await _DISPATCH[call.endpoint](handlers, dict(call.body))
+                produced = await _DISPATCH[call.endpoint](handlers, _salted(call, self._settings.cache_scope))
             mark = self._mark(call) if call.endpoint in _MARKED else None
             return await _as_answer(produced, timings, by_alias=call.endpoint is Endpoint.RESPONSES, mark=mark)
         finally:
@@ -301,6 +302,16 @@ class VllmEngine:
         if self._handlers is None or self._llm.errored:
             raise EngineDown("the engine is being restarted", retry_after_s=5)
         return self._handlers
+
+
+def _salted(call: Call, scope: str) -> dict[str, Any]:
+    """The body, with those that may share answers set apart in vLLM's prefix cache too: how soon the first token comes
+    would tell one tenant what another has asked."""
+    given, caller = call.body.get("cache_salt"), call.caller
+    if scope == "global" or not isinstance(given, str | None) or given == "":
+        return dict(call.body)
+    whose = f"{caller.tenant}:{caller.key_id}" if scope == "key" else caller.tenant
+    return call.body | {"cache_salt": hashlib.sha256(f"{whose} {given}".encode("utf-8", "replace")).hexdigest()}
 
 
 # --- asking vLLM's handlers ----------------------------------------------------------------------

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
+from app.errors import StartRefused
+from app.main import open_tracer
 from tests.conftest import REPOSITORY, Running, chat, until
 
 PATH = "/v1/chat/completions"
@@ -145,3 +147,10 @@ def test_without_traces_nothing_of_it_is_loaded() -> None:
     program = "import sys, app.main; print({'app.observe.otel', 'opentelemetry.exporter'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "set()"
+
+
+def test_without_opentelemetry_it_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
+    monkeypatch.delitem(sys.modules, "app.observe.otel", raising=False)
+    with pytest.raises(StartRefused, match=r"pip install 'refrain\[otel\]'"):
+        open_tracer()
