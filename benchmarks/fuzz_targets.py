@@ -19,13 +19,14 @@ from app.api.body import parse
 from app.cache import reuse
 from app.cache.key import cache_key, is_deterministic, why_uncacheable
 from app.cache.policy import directives
-from app.cache.recording import MAGIC, Recording, _tag, unpack
+from app.cache.recording import MAGIC, UNSIGNED, Recording, _name, unpack
+from app.cache.seal import Purpose, Seal
 from app.domain import Call, Caller, Endpoint, Form, Weights
 from app.engine.constraints import constraints, digest
 from app.engine.scripted import _body, _Name
 from app.errors import BadCall, BrokenRecording, Incomplete
 from app.flight.flight import Flight, Ticket
-from app.flight.live import About, Entry, Seal
+from app.flight.live import About, Entry, Script
 from app.flight.live import _encode as encode
 from app.flight.logbook import LogBook
 from app.flight.names import Position, new_rider, new_uid, position
@@ -85,7 +86,7 @@ def streams(data: bytes) -> None:
 def recordings(data: bytes) -> None:
     """A value of Redis under a recording's key, as it is and behind a head that was made for it."""
     flags, content = data[0] & 1 if data else 0, data[1:]
-    for value in (data, MAGIC + bytes([flags]) + _tag("k", flags, content) + content):
+    for value in (data, MAGIC + bytes([flags]) + UNSIGNED.close(content, _name("k", flags))):
         with contextlib.suppress(BrokenRecording):
             found = unpack(value, "k")
             found.content()
@@ -94,9 +95,9 @@ def recordings(data: bytes) -> None:
 def entries(data: bytes) -> None:
     """Entries of another server's live stream, signed as that server would, and of one that takes it over."""
     flight = Flight(Ticket("", Endpoint.CHAT, "", "", True, True, True), "u", True)
-    log_book, seal = LogBook(flight), Seal(None)
+    log_book, seal = LogBook(flight), Seal(Purpose.LIVE)
     for content in data.split(b"\xff\xff"):
-        entry = seal.open(seal._tag("u", content) + content, "u")
+        entry = Script(seal).read(seal.close(content, b"u"), "u")
         assert entry is None or isinstance(entry, Entry)
         log_book.take(entry)
 

@@ -170,6 +170,7 @@ def _mount_health(
     @app.get("/metrics")
     async def prometheus() -> Response:
         metrics.engine_ready.set(service.engine.state.phase is Phase.READY)
+        service.admission.tell()
         metrics.engine_restarts.set(service.engine.state.restarts)
         metrics.device_seconds.labels("busy").set(service.engine.meter.busy_s)
         metrics.device_seconds.labels("idle").set(service.engine.meter.idle_s)

@@ -62,6 +62,15 @@ class EngineState:
                 continue
 
 
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What an engine works on at a time: sequences, tokens in KV cache, tokens in a step. None: no limit known."""
+
+    sequences: int | None = None
+    kv_tokens: int | None = None
+    step_tokens: int | None = None
+
+
 class Engine(Protocol):
     """A thing that answers calls.
 
@@ -71,6 +80,10 @@ class Engine(Protocol):
 
     state: EngineState
     meter: Meter
+
+    @property
+    def capacity(self) -> Capacity:
+        """Known once it is loaded."""
 
     async def start(self) -> None:
         """Begin to load, and return; `state` tells the rest."""
@@ -94,6 +107,13 @@ class Engine(Protocol):
 
     async def unload_adapter(self, name: str) -> None:
         """Serve it no more. Nothing happens where there is none of that name."""
+
+    async def examine(self, call: Call) -> None:
+        """Before the call takes a turn: whether what it holds the output to can be compiled in time.
+
+        Raises:
+            BadCall: it cannot. Busy: nobody can tell now.
+        """
 
     async def answer(self, call: Call, timings: Timings | None = None) -> Answer:
         """Generate. A refusal is raised here, before there is an event to send.

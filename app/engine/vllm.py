@@ -26,9 +26,9 @@ from typing import Any
 from prometheus_client import REGISTRY
 
 import app.engine.preload  # noqa: F401 - its first line hushes a warning, here as in the fork server
-from app.domain import Answer, Call, Endpoint, Timings, Weights
+from app.domain import Answer, Call, Endpoint, Priority, Timings, Weights
 from app.engine import cpu
-from app.engine.base import EngineState, Phase
+from app.engine.base import Capacity, EngineState, Phase
 from app.engine.measure import measure
 from app.engine.meter import Meter
 from app.engine.rehearsal import Rehearsals
@@ -265,18 +265,40 @@ class VllmEngine:
 
     # --- answers ------------------------------------------------------------------------------
 
-    async def answer(self, call: Call, timings: Timings | None = None) -> Answer:
+    async def examine(self, call: Call) -> None:
         await self._rehearsals.check(call.body, call.caller.tenant)
+
+    async def answer(self, call: Call, timings: Timings | None = None) -> Answer:
         handlers = self._ready_handlers()
         timings = timings or Timings()
         token = _timings.set(timings)
         try:
             with _translated():
-                produced = await _DISPATCH[call.endpoint](handlers, _salted(call, self._settings.cache_scope))
+                produced = await _DISPATCH[call.endpoint](handlers, self._asked(call))
             mark = self._mark(call) if call.endpoint in _MARKED else None
             return await _as_answer(produced, timings, by_alias=call.endpoint is Endpoint.RESPONSES, mark=mark)
         finally:
             _timings.reset(token)
+
+    @property
+    def capacity(self) -> Capacity:
+        if self._llm is None:
+            return Capacity()
+        config = self._llm.vllm_config
+        ranks, blocks = config.parallel_config.data_parallel_size, config.cache_config.num_gpu_blocks
+        return Capacity(
+            sequences=ranks * config.scheduler_config.max_num_seqs,
+            kv_tokens=blocks * config.cache_config.block_size if blocks else None,
+            step_tokens=config.scheduler_config.max_num_batched_tokens,
+        )
+
+    def _asked(self, call: Call) -> dict[str, Any]:
+        """The body, with vLLM's own number for the call's class; what is no number vLLM refuses in its own words."""
+        body = _salted(call, self._settings.cache_scope)
+        if call.endpoint in _RANKED and isinstance(body.get("priority"), int | None):
+            is_ranked = self._llm.vllm_config.scheduler_config.policy == "priority"
+            body["priority"] = 1 if is_ranked and call.priority is Priority.BATCH else 0
+        return body
 
     async def tokens(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         handlers = self._ready_handlers()
@@ -383,6 +405,7 @@ _DISPATCH = {
     Endpoint.MESSAGES: _message,
     Endpoint.EMBEDDINGS: _embedding,
 }
+_RANKED = (Endpoint.CHAT, Endpoint.COMPLETIONS, Endpoint.RESPONSES)  # they have a `priority`
 _MARKED = (Endpoint.CHAT, Endpoint.COMPLETIONS)  # they have a `system_fingerprint`
 _TOKENS = {"/tokenize": _tokenize, "/detokenize": _detokenize, "/v1/messages/count_tokens": _count_tokens}
 
@@ -617,6 +640,7 @@ def arguments(settings: Settings, weights: Weights) -> list[str]:
         "pipeline_parallel_size": settings.pipeline_parallel_size,
         "reasoning_parser": settings.reasoning_parser,
         "chat_template": settings.chat_template,
+        "scheduling_policy": "priority",  # where KV cache runs short, a batch's calls give way first
         "use_tqdm_on_load": False,
         "fingerprint_mode": "none",
         # A second lock behind `gate/screen.py`: for vLLM an empty list would be every host.

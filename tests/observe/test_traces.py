@@ -71,12 +71,12 @@ def test_a_call_is_one_trace_and_its_callers(serve: Callable[..., Running], coll
     with server.client(headers={"traceparent": PARENT}) as client:
         response = client.post(PATH, json=chat(SECRET, stream=True))
         assert response.status_code == 200
-    parts = {f"POST {PATH}", "gate", "cache", "flight", "engine", "queue", "prefill", "decode", "record"}
+    parts = {f"POST {PATH}", "gate", "cache", "flight", "turn", "engine", "queue", "prefill", "decode", "record"}
     until(lambda: set(collector.named(PARENT[3:35])) == parts)
     spans = collector.named(PARENT[3:35])
     call = spans[f"POST {PATH}"]
     assert call.parent_span_id.hex() == PARENT[36:52]
-    for name in ("gate", "cache", "flight", "engine"):
+    for name in ("gate", "cache", "flight", "turn", "engine"):
         assert spans[name].parent_span_id == call.span_id, name
     for name in ("queue", "prefill", "decode"):
         assert spans[name].parent_span_id == spans["engine"].span_id
