@@ -169,6 +169,10 @@ class Timings:
     device_s: float = 0.0
     paid_s: float = 0.0
 
+    def engine_phases(self) -> tuple[tuple[str, float | None], ...]:
+        """What the engine's seconds went into, in order."""
+        return ("queue", self.queue_s), ("prefill", self.prefill_s), ("decode", self.decode_s)
+
 
 @dataclass(slots=True)
 class Answer:

@@ -5,7 +5,7 @@ AppError                      has a public face: message · status · type · co
 ├─ Refused      (4xx)         the caller can change something
 │   ├─ BadCall 400            PromptTooLong, UnsupportedEndpoint
 │   ├─ Unauthenticated 401 · Forbidden 403 · UnknownModel 404 · NotFound 404
-│   ├─ BodyTimedOut 408 · BodyTooLarge 413 · NotJson 415
+│   ├─ BodyTimedOut, HeadTimedOut 408 · BodyTooLarge 413 · UrlTooLong 414 · NotJson 415 · HeadTooLarge 431
 │   ├─ StreamLost 410 · KeyReused 422
 │   └─ RateLimited 429        QuotaSpent, QueueShareUsed
 ├─ Busy         (503)         Draining, Loading, QueueFull, DeadlineUnreachable, LimitsUnknown: come back after
@@ -107,6 +107,20 @@ class BodyTimedOut(Refused):
     status = 408
     type = "timeout_error"
     code = "request_timeout"
+
+
+class HeadTimedOut(BodyTimedOut):
+    """Raised when a request's line and headers take too long to arrive."""
+
+
+class HeadTooLarge(Refused):
+    status = 431
+    code = "request_headers_too_large"
+
+
+class UrlTooLong(Refused):
+    status = 414
+    code = "url_too_long"
 
 
 class BodyTooLarge(Refused):

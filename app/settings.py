@@ -34,6 +34,12 @@ BUDGET = re.compile(
     r"/(?P<period>hour|day|month|forever)"
 )
 
+# What a request may not set unless `trusted_fields` says so; what each does is in app/gate/screen.py.
+GUARDED_FIELDS = frozenset(
+    "chat_template vllm_xargs mm_processor_kwargs media_io_kwargs prompt_embeds image_embeds audio_embeds "
+    "video_embeds kv_transfer_params ec_transfer_params".split()
+)
+
 
 class Settings(BaseSettings):
     """Frozen; built once by the command line and handed down, never read from a global."""
@@ -56,12 +62,46 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Largest request body; more is a 413.")
     max_json_depth: int = Field(64, ge=8, le=500, description="Deepest nesting of a request body; more is a 400.")
     body_timeout_s: float = Field(30.0, gt=0, description="Time a client has to send its body; then 408.")
+    header_timeout_s: float = Field(
+        15.0, gt=0, description="Time a client has to send a request's headers, and to begin; then it is cut off."
+    )
+    max_header_bytes: int = Field(32_768, ge=1024, description="Largest head of a request; more is a 431.")
+    write_timeout_s: float = Field(
+        60.0, gt=0, description="How long a client may read nothing of its answer; then it is cut off."
+    )
+    idle_timeout_s: int = Field(5, gt=0, description="How long a connection is kept after an answer, in seconds.")
+    max_connections: int = Field(4096, gt=0, description="Most connections of one process; one more is a 503.")
     keep_alive_s: float = Field(
         10.0, gt=0, description="Silence on a stream, in seconds, before a keep-alive comment is sent."
+    )
+    cors_origins: str | None = Field(
+        None,
+        description="Origins whose pages may use the server, by commas: https://chat.example.com, or *; none: none.",
+    )
+    allowed_hosts: str | None = Field(
+        None, description="Names with a dot that a server without keys is called by, by commas; addresses always go."
+    )
+    media_hosts: str | None = Field(
+        None, description="Hosts that images, audio and video may be fetched from, by commas; none: no URL is fetched."
+    )
+    trusted_fields: str | None = Field(
+        None,
+        description="Guarded request fields that clients may set, by commas: chat_template, vllm_xargs, "
+        "mm_processor_kwargs, media_io_kwargs, prompt_embeds, image_embeds, audio_embeds, video_embeds, "
+        "kv_transfer_params, ec_transfer_params.",
+    )
+    grammar_max_bytes: int = Field(
+        65_536, gt=0, description="Largest schema, regex, grammar or tool of a request; more is a 400."
+    )
+    grammar_cpu_s: float = Field(
+        2.0, gt=0, description="Processor time that a schema, regex or grammar may take to prepare; more is a 400."
     )
     log_format: Literal["text", "json"] = Field("text", description="Shape of the log lines.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
     access_log: bool = Field(True, description="One line per call.")
+    traces: bool = Field(
+        False, description="Send OpenTelemetry spans to where OTEL_EXPORTER_OTLP_ENDPOINT says; needs refrain[otel]."
+    )
 
     # model
     model: str = Field(
@@ -346,9 +386,24 @@ class Settings(BaseSettings):
             raise ValueError("REFRAIN_REDIS_SENTINEL and REFRAIN_REDIS_CLUSTER need REFRAIN_REDIS_URL")
         return self
 
+    @field_validator("cors_origins", mode="after")
+    @classmethod
+    def _are_origins(cls, value: str | None) -> str | None:
+        for each in listed(value):
+            if each != "*" and not _ORIGIN.fullmatch(each):
+                raise ValueError(f"{each} is no origin; one looks like https://chat.example.com")
+        return value
+
+    @field_validator("trusted_fields", mode="after")
+    @classmethod
+    def _are_guarded(cls, value: str | None) -> str | None:
+        if unknown := set(listed(value)) - GUARDED_FIELDS:
+            raise ValueError(f"{min(unknown)} is no guarded field; those are {', '.join(sorted(GUARDED_FIELDS))}")
+        return value
+
     @property
     def adapter_names(self) -> list[str]:
-        return [name.strip() for name in (self.adapters or "").split(",") if name.strip()]
+        return listed(self.adapters)
 
     @property
     def adapter_places(self) -> int:
@@ -405,6 +460,11 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         toml = TomlConfigSettingsSource(settings_cls, toml_file=config_file())
         return (init_settings, env_settings, toml)
+
+
+def listed(value: str | None) -> list[str]:
+    """The parts of a list that is written with commas."""
+    return [part.strip() for part in (value or "").split(",") if part.strip()]
 
 
 def config_file() -> Path | None:
@@ -510,4 +570,5 @@ def mask_url(url: str) -> str:
     return f"{scheme}{separator}{user}:***@{location}" if at else f"{scheme}{separator}{rest}"
 
 
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[A-Za-z0-9.\-\[\]:]+")
 _PASSWORD_OPTION = re.compile(r"([?&]\w*password=)[^&]*", re.IGNORECASE)

@@ -29,13 +29,16 @@ from app.errors import AppError, BadCall, Broken, DeadlineExceeded, Draining, En
 from app.flight.names import Position, position
 from app.gate.economy import TRIMMED, Trimmed, capped, has_turns, output_limit, trimmed
 from app.gate.keys import Gate
+from app.gate.owned import check_id, new_id
 from app.gate.quotas import Quotas
+from app.gate.screen import Screen
 from app.ledger.record import Record
 from app.observe import logs, metrics
 from app.observe.bounded import Recent
+from app.observe.traces import span
 from app.service import Boarding, Plan, Service
 from app.serving import Catalog
-from app.settings import Settings
+from app.settings import Settings, listed
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +47,8 @@ Headers = list[tuple[bytes, bytes]]
 # What is understood of recent requests is kept up to this much memory, and not for bodies larger than that.
 MEMO_BYTES = 16 * 2**20
 MEMO_BODY_BYTES = 64 * 2**10
+
+RESPONSE_ID = "resp_"
 
 # The headers beside which a hot hit needs nothing more than its body and its key: what SDKs send with every call, and
 # none of it can change what is answered. Any other header may mean something, and its call goes the whole way.
@@ -88,6 +93,7 @@ class AnswerRoute:
         self, endpoint: Endpoint, service: Service, gate: Gate, quotas: Quotas | None, settings: Settings
     ) -> None:
         self._endpoint = endpoint
+        self._screen = screen_of(settings)
         self._service = service
         self._gate = gate
         self._quotas = quotas
@@ -99,12 +105,13 @@ class AnswerRoute:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         began = time.perf_counter()
         headers, fields, record = dict(scope["headers"]), scope["refrain"], scope["record"]
-        caller = self._admit(headers, fields, record)
-        content = await read(headers, receive, self._settings)
-        if self._text_bytes:
-            record.request = content[: self._text_bytes].decode(errors="replace")
-        question = _Question(caller, self._service.catalog, headers.get(b"cache-control"), content)
-        call, plan, told = await self._understood(question)
+        with span("gate"):
+            caller = self._admit(headers, fields, record)
+            content = await read(headers, receive, self._settings)
+            if self._text_bytes:
+                record.request = content[: self._text_bytes].decode(errors="replace")
+            question = _Question(caller, self._service.catalog, headers.get(b"cache-control"), content)
+            call, plan, told = await self._understood(question)
         record.stream, record.weights = call.is_streaming, plan.serving.weights.short
 
         if (idempotency_key := headers.get(b"idempotency-key")) is not None:
@@ -119,7 +126,8 @@ class AnswerRoute:
         if charged is not None or told:
             send = telling(send, told if charged is None else charged.told)
         looking = time.perf_counter()
-        reply = await self._service.recall(call, plan) if came_back is None else None
+        with span("cache"):
+            reply = await self._service.recall(call, plan) if came_back is None else None
         if reply is not None:
             status, timings = reply.cache, reply.answer.timings
             if charged is not None:
@@ -225,10 +233,22 @@ class AnswerRoute:
         body = parse(question.content, self._settings.max_json_depth)
         header = (question.cache_control or b"").decode("latin-1")
         wanted = directives(header, body.pop("cache", None))
-        body, told = await self._economical(self._checked(body, question.caller.limits), question.caller.limits)
+        limits = question.caller.limits
+        body, told = await self._economical(self._checked(body, limits), limits)
         call = Call(self._endpoint, body, question.caller, "")
+        plan = self._service.plan(call, wanted)
+        if self._endpoint is Endpoint.RESPONSES:
+            self._name_response(body, question.caller.tenant)
         # The bytes, and about three times as much for the objects made of them.
-        return _Understood(body, self._service.plan(call, wanted), 1024 + 4 * len(question.content), told)
+        return _Understood(body, plan, 1024 + 4 * len(question.content), told)
+
+    def _name_response(self, body: dict[str, Any], tenant: str) -> None:
+        """vLLM would let a client choose the id that its response is stored under, and read any that it knows of."""
+        body.pop("request_id", None)
+        if self._settings.responses_store and body.get("store") is not False:  # understood anew each time
+            body["request_id"] = new_id(RESPONSE_ID, tenant)
+        if isinstance(before := body.get("previous_response_id"), str):
+            check_id(before, RESPONSE_ID, tenant)
 
     async def _economical(self, body: dict[str, Any], limits: Limits) -> tuple[dict[str, Any], dict[str, str]]:
         """What is left of the body under the caller's limits of length, and headers that say so. Raises BadCall."""
@@ -257,7 +277,8 @@ class AnswerRoute:
             return await trimmed(body, room, longest, partial(exactly, self._endpoint, engine=serving.engine))
 
     def _checked(self, body: dict[str, Any], limits: Limits) -> dict[str, Any]:
-        """What must hold before a key can be made: the model is ours and the caller's, `stream` is a boolean."""
+        """What must hold before a key can be made: the model is ours and the caller's, `stream` is a boolean, nothing
+        is reached for."""
         model = body.get("model")
         if model is not None and not isinstance(model, str):
             raise BadCall("`model` must be a string", param="model")
@@ -267,7 +288,14 @@ class AnswerRoute:
             raise UnknownModel(f"the model `{model}` does not exist here; this server serves {served}", param="model")
         if not isinstance(body.get("stream", False), bool | None):
             raise BadCall("`stream` must be true or false", param="stream")
+        self._screen.check(body)
         return body
+
+
+def screen_of(settings: Settings) -> Screen:
+    """What the settings allow a request to reach for."""
+    hosts = frozenset(host.lower() for host in listed(settings.media_hosts))
+    return Screen(hosts, frozenset(listed(settings.trusted_fields)), settings.grammar_max_bytes)
 
 
 class StreamRoute:
@@ -351,13 +379,15 @@ async def _answer(aboard: AbstractAsyncContextManager[Boarding], stream: _Stream
     async with aboard as boarding:
         stream.board(boarding)
         if not boarding.ride.is_streaming:
-            reply = await boarding.reply()
+            with span("flight"):
+                reply = await boarding.reply()
             stream.answer(reply)
             await _send(reply, send)
             return reply.answer.timings
         async with stream.kept_alive():
             try:
-                reply = await boarding.reply()
+                with span("flight"):
+                    reply = await boarding.reply()
                 stream.answer(reply)
                 assert reply.answer.events is not None  # noqa: S101 - a streaming call
                 async with aclosing(reply.answer.events) as events:  # type: ignore[type-var]

@@ -65,7 +65,7 @@ class Charged:
             return await most_usage(self._call, serving)
 
     def _took(self, seat: Seat, most: Usage) -> Usage:
-        """What this call is charged for the flight that it was on, in decisions/0014-limits-of-keys.md."""
+        """What this call is charged for the flight that it was on, in decisions/0020-limits-of-keys.md."""
         flight = seat.flight
         if flight.error is not None:
             return Usage()

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 from app import __version__
-from app.api.answers import AnswerRoute, StreamRoute, presented_key
+from app.api.answers import RESPONSE_ID, AnswerRoute, StreamRoute, presented_key, screen_of
 from app.api.body import read_object
 from app.domain import Answer, Caller, Endpoint
 from app.engine import Phase
@@ -32,6 +32,7 @@ from app.errors import (
     UnknownModel,
 )
 from app.gate.keys import Gate
+from app.gate.owned import check_id
 from app.gate.quotas import Quotas
 from app.ledger.sums import Question, dimensions, moment, summed
 from app.observe import logs, metrics
@@ -97,10 +98,13 @@ def _mount_models(app: FastAPI, service: Service, gate: Gate) -> None:
 
 
 def _mount_tokens(app: FastAPI, service: Service, gate: Gate, settings: Settings) -> None:
+    screen = screen_of(settings)
+
     async def tokens(request: Request) -> JSONResponse:
         path = request.url.path
         limits = _caller(request, gate, allow_x_api_key=path.startswith("/v1/messages")).limits
         body = await read_object(request.scope, request.receive, settings)
+        screen.check(body)
         model = body.get("model")
         serving = await service.boarded(model if isinstance(model, str) else None)
         if serving is None or not limits.allows(serving.weights.name):
@@ -118,7 +122,7 @@ def _mount_stored_responses(app: FastAPI, service: Service, gate: Gate) -> None:
     async def retrieve_response(
         request: Request, response_id: str, starting_after: int | None = None, stream: bool = False
     ) -> Response:
-        _caller(request, gate)
+        check_id(response_id, RESPONSE_ID, _caller(request, gate).tenant)
         await service.engine.state.ready(0)
         return _as_response(
             await service.engine.stored_response(response_id, starting_after=starting_after, stream=stream)
@@ -126,7 +130,7 @@ def _mount_stored_responses(app: FastAPI, service: Service, gate: Gate) -> None:
 
     @app.post("/v1/responses/{response_id}/cancel")
     async def cancel_response(request: Request, response_id: str) -> Response:
-        _caller(request, gate)
+        check_id(response_id, RESPONSE_ID, _caller(request, gate).tenant)
         await service.engine.state.ready(0)
         return _as_response(await service.engine.cancel_response(response_id))
 

@@ -61,6 +61,9 @@ engine_calls = Gauge("refrain_engine_calls", "Calls that the engine has.")
 refused = Counter("refrain_refused_total", "Calls that were refused for lack of room or time, by reason.", ["reason"])
 deadlines_missed = Counter("refrain_deadlines_missed_total", "Calls that were ended because their time was up.")
 left = Counter("refrain_clients_left_total", "Clients that went away before their answer was complete.")
+cut_off = Counter(
+    "refrain_connections_cut_off_total", "Connections that were ended because the client was too slow.", ["waiting_for"]
+)
 reused = Counter(
     "refrain_cache_reused_total", "Hits on an answer that was made for a call of another shape, by rule.", ["rule"]
 )
