@@ -116,7 +116,7 @@ OURS: dict[str, set[str]] = {
     },
     "app.forms": {"app.cache.near", "app.cache.recording", "app.cache.reuse", "app.domain", "app.wire"},
     "app.engine.base": {"app.domain", "app.errors"},
-    "app.engine.preload": {"app.engine.norms", "app.lifeline"},
+    "app.engine.preload": {"app.engine.compiled", "app.engine.norms", "app.lifeline"},
     "app.service": {
         "app.forms",
         "app.cache.explain",
@@ -165,8 +165,8 @@ WIRING = {"app.main", "app.__main__", "app.explaining"}
 
 # A vendor -> the modules that may import it. What is not here anybody may (msgspec, pydantic, prometheus_client).
 VENDORS: dict[str, set[str]] = {
-    "vllm": {"app.engine.vllm", "app.engine.preload", "app.engine.norms", "app.api.openapi"},
-    "torch": {"app.engine.norms", "app.weights.convert", "app.weights.shapes", "app.train"},
+    "vllm": {"app.engine.vllm", "app.engine.preload", "app.engine.norms", "app.engine.compiled", "app.api.openapi"},
+    "torch": {"app.engine.norms", "app.engine.compiled", "app.weights.convert", "app.weights.shapes", "app.train"},
     "transformers": {"app.weights.convert", "app.weights.shapes", "app.train"},
     "trl": {"app.train.training"},
     "peft": {"app.train.training", "app.train.export"},
