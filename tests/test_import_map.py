@@ -196,7 +196,7 @@ VENDORS: dict[str, set[str]] = {
 ONLY_WHEN_NEEDED = {"vllm", "torch", "transformers", "gguf", "tokenizers", "openai", "huggingface_hub"}
 ONLY_WHEN_NEEDED |= {"trl", "peft", "datasets", "matplotlib"}
 # The fork server loads vLLM before anything is asked of it: that is what it is for, and it is guarded by a variable.
-LOADS_AHEAD = {"app.engine.preload", "app.engine.norms"}
+LOADS_AHEAD = {"app.engine.preload", "app.engine.norms", "app.engine.compiled"}
 FREE_OF_VENDORS = {
     "app.service",
     "app.forms",

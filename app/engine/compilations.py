@@ -59,7 +59,7 @@ def _is_whole(folder: Path) -> bool:
         sealed = json.loads((folder / _SEAL).read_bytes())
     except (OSError, ValueError):
         return False
-    return bool(sealed) and sealed.items() <= _digests(folder).items()
+    return isinstance(sealed, dict) and bool(sealed) and sealed.items() <= _digests(folder).items()
 
 
 def _digests(folder: Path) -> dict[str, str]:

@@ -571,7 +571,11 @@ def _prepare_environment(settings: Settings) -> None:
         defaults |= cpu.environment(settings)
         if settings.compile and not cpu.has_compiler():
             log.info("no C++ compiler (g++ and Python's headers): the model is not compiled")
-        if not cpu.compiles(settings):
+        if cpu.compiles(settings):
+            # A minute of compiling becomes some seconds longer. Else torch leaves 150 MB in /tmp, makes them again
+            # where they are gone before it loads what is compiled, and needs `openssl` for it.
+            defaults["TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"] = "0"
+        else:
             # Else the first call with logprobs waits 13 s for a compiler, which need not even be there.
             defaults["TORCH_COMPILE_DISABLE"] = "1"
     for name, value in defaults.items():

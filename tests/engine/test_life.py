@@ -109,6 +109,8 @@ def victim(engine_server: Process, tmp_path_factory: pytest.TempPathFactory) -> 
     home = folder / "home"
     home.mkdir()
     (home / "weights").symlink_to(TEST_HOME / "weights")
+    if (TEST_HOME / "compiled").exists():
+        (home / "compiled").symlink_to(TEST_HOME / "compiled")
     victim = Victim(home, folder)
     yield victim
     if victim.process is not None and victim.process.process.poll() is None:
@@ -151,6 +153,7 @@ def test_a_killed_engine_core_breaks_its_streams_only_and_comes_back(victim: Vic
         until(lambda: http.get("/readyz").status_code == 200 and _cores(victim) - cores, PATIENCE_S, 0.2)
         again = http.post(CHAT, json=chat(), headers=ANEW)
         assert (again.headers["x-cache"], _text(again)) == ("miss", said)
+        assert "compiling the model" not in server.log.read_text(), "it was loaded, at the start and after the crash"
 
 
 def test_a_killed_server_leaves_no_process_and_its_successor_has_its_recordings(victim: Victim) -> None:
