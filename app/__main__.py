@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from app.errors import AppError, RedisDown, RoomError, StartRefused
+from app.ledger.cli import usage
+from app.plan.cli import mount as mount_plan
 from app.settings import Settings, load, masked, origins
 from app.train.cli import finetune
 
@@ -32,6 +34,8 @@ cli.add_typer(models, name="models")
 cli.add_typer(cache, name="cache")
 cli.add_typer(keys, name="keys")
 cli.add_typer(finetune, name="finetune")
+cli.add_typer(usage, name="usage")
+mount_plan(cli)
 
 # Results go to standard output; what is said on the way goes to standard error.
 # Without a terminal nothing is cut to its width: scripts and files get every row whole.

@@ -85,7 +85,11 @@ class Call:
 
 @dataclass(slots=True)
 class Timings:
-    """Where the seconds of one call went; a phase that has not happened is None."""
+    """Where the seconds of one call went; a phase that has not happened is None.
+
+    `device_s` is the engine's time that its generation has used so far (`engine/meter.py`). `paid_s` is the part of it
+    that somebody has paid: on a call's own timings what it pays itself, on a flight's what all aboard paid together.
+    """
 
     cache_s: float | None = None
     queue_s: float | None = None
@@ -95,6 +99,10 @@ class Timings:
     completion_tokens: int | None = None
     # Tokens in the events that a stream has brought so far; what is counted above may already be ahead of them.
     streamed_tokens: int = 0
+    # Tokens of the prompt that the engine had computed before, for another call.
+    prefix_tokens: int = 0
+    device_s: float = 0.0
+    paid_s: float = 0.0
 
 
 @dataclass(slots=True)

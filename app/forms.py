@@ -23,15 +23,19 @@ _PIECE_BYTES = 8192
 # --- a recording's answer ----------------------------------------------------------------------------
 
 
-def replayed(held: Held, call: Call) -> Answer:
+def replay(held: Held, call: Call) -> bytes:
     """The recorded answer as this client wants it, under a fresh id: either form serves both."""
     recording = held.recording
     with_usage = call.is_streaming and call.wants_usage_event
-    replay = held.replay((call.is_streaming, with_usage), lambda: _template(call, recording, with_usage=with_usage))
-    content = replay((wire.new_id(call.endpoint), int(time.time())), call.body)
+    template = held.replay((call.is_streaming, with_usage), lambda: _template(call, recording, with_usage=with_usage))
+    return template((wire.new_id(call.endpoint), int(time.time())), call.body)
+
+
+def replayed(held: Held, call: Call) -> Answer:
+    content, timings = replay(held, call), timings_of(held.recording)
     if call.is_streaming:
-        return Answer(events=_in_pieces(content), timings=timings_of(recording))
-    return Answer(body=content, timings=timings_of(recording))
+        return Answer(events=_in_pieces(content), timings=timings)
+    return Answer(body=content, timings=timings)
 
 
 def timings_of(recording: Recording) -> Timings:

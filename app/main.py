@@ -19,23 +19,25 @@ import uvicorn
 from fastapi import FastAPI
 
 from app import __version__
-from app.api.corked import CorkedProtocol
 from app.api.docs import mount_docs
-from app.api.edge import Edge
+from app.api.edge import Edge, Ends
+from app.api.hot import GIVE, STATE, HotHits, HotProtocol
 from app.api.routes import mount_routes
 from app.cache.embedded import EmbeddedRedis
 from app.cache.link import Link
 from app.cache.store import Store
 from app.domain import Weights
-from app.engine import Engine, cpu, room_for
+from app.engine import Engine, Meter, cpu, room_for
 from app.errors import StartRefused
 from app.flight.flights import Flights
 from app.gate.keys import Gate, KeyFile
+from app.ledger.ledger import Ledger
 from app.observe.access import AccessLog
 from app.service import Service
 from app.settings import Settings
 from app.swap import Sources, Swapper
 from app.weights import DEFAULT_MODEL, DigestMemo, InUse, Registry, Witness, pull_default, resolve, resolve_adapter
+from app.workers import Pool
 
 log = logging.getLogger(__name__)
 
@@ -66,18 +68,32 @@ def create_app(
     link = Link(settings, url)
     flights = Flights(settings, link, url, is_alone=redis is not None)
     adapters = [find_adapter(settings, name, weights) for name in settings.adapter_names]
-    first = engine or make_engine(settings, weights, on_progress, adapters=adapters)
+    meter = engine.meter if engine else Meter(settings.devices)
+    first = engine or make_engine(settings, weights, on_progress, adapters=adapters, meter=meter)
     service = Service(settings, weights, first, Store(settings, link), flights, adapters)
     in_use = InUse(settings.home / "serving")
-    swapper = Swapper(service, sources or swap_sources(settings), watch_s=settings.watch_s, tell=in_use.tell)
+    pool = Pool(settings, url, service, gate)
+
+    async def tell(digests: list[str]) -> None:
+        in_use.tell(digests)
+        await pool.tell_served()
+
+    swapper = Swapper(service, sources or swap_sources(settings, meter=meter), watch_s=settings.watch_s, tell=tell)
 
     access = AccessLog(settings.log_format) if settings.access_log else None
+    ledger = Ledger(settings, meter) if settings.ledger else None
+    if ledger is not None:
+        flights.on_rest = lambda ticket, device_s: ledger.note_rest(
+            ticket.caller, ticket.endpoint.value, ticket.weights, device_s
+        )
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
         async with AsyncExitStack() as stack:
             if access is not None:
                 await stack.enter_async_context(access)
+            if ledger is not None:  # closed when nothing can be noted any more
+                await stack.enter_async_context(ledger)
             if redis is not None:
                 stack.push_async_callback(redis.close)
                 await redis.start()
@@ -91,15 +107,17 @@ def create_app(
             stack.push_async_callback(swapper.close)
             await swapper.start()
             stack.push_async_callback(flights.close)
-            yield
+            stack.push_async_callback(pool.end)
+            yield {STATE: HotHits(answering, ends), GIVE: pool.give if settings.http_workers else None}
 
     app = FastAPI(
         title="Refrain", version=__version__, lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None
     )
-    app.state.service = service
-    answering = mount_routes(app, service, gate, settings, swapper)
+    app.state.service, app.state.pool = service, pool
+    answering = mount_routes(app, service, gate, settings, swapper, pool.counted)
     mount_docs(app)
-    app.add_middleware(Edge, direct=answering, access=access)
+    ends = Ends(access, ledger)
+    app.add_middleware(Edge, direct=answering, ends=ends, text_bytes=settings.ledger_text_bytes)
     return app
 
 
@@ -197,16 +215,20 @@ def make_engine(
     *,
     adapters: Sequence[Weights] = (),
     is_trial: bool = False,
+    meter: Meter | None = None,
 ) -> Engine:
-    """The engine that the settings name, not started. In a trial nothing vouches for the weights yet."""
+    """The engine that the settings name, not started. In a trial nothing vouches for the weights yet.
+
+    Engines that share devices share a meter.
+    """
     if settings.engine == "scripted":
         from app.engine.scripted import ScriptedEngine
 
-        return ScriptedEngine(settings, weights, adapters=adapters)
+        return ScriptedEngine(settings, weights, adapters=adapters, meter=meter)
     from app.engine.vllm import VllmEngine
 
     check = None if is_trial else Witness(settings.home / "fingerprints").check
-    return VllmEngine(settings, weights, on_progress, check=check, adapters=adapters)
+    return VllmEngine(settings, weights, on_progress, check=check, adapters=adapters, meter=meter)
 
 
 def find_adapter(settings: Settings, name: str, base: Weights) -> Weights:
@@ -214,12 +236,17 @@ def find_adapter(settings: Settings, name: str, base: Weights) -> Weights:
     return resolve_adapter(name, Registry(settings.weights_root), base)
 
 
-def swap_sources(settings: Settings, make: Callable[[Weights, list[Weights]], Engine] | None = None) -> Sources:
+def swap_sources(
+    settings: Settings,
+    make: Callable[[Weights, list[Weights]], Engine] | None = None,
+    *,
+    meter: Meter | None = None,
+) -> Sources:
     """Where a swap takes its weights and engines from."""
     return Sources(
         find=lambda: find_weights(settings, log.info),
         adapter=lambda name, base: find_adapter(settings, name, base),
-        make=make or (lambda weights, adapters: make_engine(settings, weights, adapters=adapters)),
+        make=make or (lambda weights, adapters: make_engine(settings, weights, adapters=adapters, meter=meter)),
         fits=lambda weights: _fits(settings, weights),
         pointer=_pointer(settings),
     )
@@ -274,6 +301,18 @@ class Server(uvicorn.Server):
         if self.started:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             self._on_listening(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+            self._app.state.pool.start(sockets[0], self._take)
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        await self._app.state.pool.end()  # what has begun to arrive there comes here, and is drained with the rest
+        await super().shutdown(sockets)
+
+    async def _take(self, connection: socket.socket, received: bytes) -> None:
+        """A client's connection from a worker, as if it had been accepted here."""
+        protocol = HotProtocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+        protocol.received_before = received
+        with contextlib.suppress(OSError):  # its client has left
+            await asyncio.get_running_loop().connect_accepted_socket(lambda: protocol, connection)
 
 
 def run(settings: Settings, app: FastAPI, on_listening: Callable[[str], None]) -> bool:
@@ -282,19 +321,25 @@ def run(settings: Settings, app: FastAPI, on_listening: Callable[[str], None]) -
     Raises:
         StartRefused: the address cannot be bound.
     """
-    config = uvicorn.Config(
+    server = Server(uvicorn_config(settings, app), app, on_listening)
+    with _bound(settings) as listener, contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets=[listener])
+    return server.started
+
+
+def uvicorn_config(settings: Settings, app: FastAPI) -> uvicorn.Config:
+    """How uvicorn serves the app; on other ASGI servers it works too, with slower hits."""
+    return uvicorn.Config(
         app,
-        http=CorkedProtocol,
+        host=settings.host,
+        port=settings.port,
+        http=HotProtocol,
         log_config=None,
         access_log=False,
         server_header=False,
         proxy_headers=False,  # nothing here depends on the client's address
         timeout_graceful_shutdown=max(1, round(settings.drain_s)),
     )
-    server = Server(config, app, on_listening)
-    with _bound(settings) as listener, contextlib.suppress(KeyboardInterrupt):
-        server.run(sockets=[listener])
-    return server.started
 
 
 def _bound(settings: Settings) -> socket.socket:

@@ -34,7 +34,7 @@ from app.cache.recording import Recording
 from app.cache.refusals import Refusals
 from app.cache.reuse import Rule, Shape, reads_the_same_streamed
 from app.cache.store import Slot, Store, age_s, jittered
-from app.domain import CacheStatus, Call, Caller, Endpoint, Form, Reply, Timings, Weights
+from app.domain import Answer, CacheStatus, Call, Caller, Endpoint, Form, Reply, Timings, Weights
 from app.engine import Engine, Phase
 from app.errors import AppError, BadCall, Draining, Incomplete, NotCached, NotFound, UnknownModel
 from app.flight.flight import Flight, Ticket, lost
@@ -47,6 +47,8 @@ from app.settings import Settings
 
 # In place of a tenant where everybody shares; no tenant can be called so.
 EVERYBODY = "*"
+# A longer answer leaves in pieces, so that it neither blocks the loop nor fills a buffer.
+AT_HAND_BYTES = 64 * 2**10
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,11 +288,49 @@ class Service:
             raise NotCached("the answer is not in the cache, and the request allows nothing else")
         return None
 
+    def at_hand(self, call: Call, plan: Plan) -> Reply | None:
+        """What `recall` would give, where this process holds it and it is within its time; asks nobody.
+
+        Its `answer.body` is all that is to be sent, also of a stream.
+        """
+        if plan.slot is None or not plan.may_read or plan.samples:
+            return None
+        began = time.perf_counter()
+        held = self.store.held(plan.slot)
+        reply = self._whole(call, plan, held, began) if held is not None else None
+        metrics.hits.near += reply is not None
+        return reply
+
+    async def fetched(self, call: Call, plan: Plan) -> Reply | None:
+        """The same; Redis is asked for what this process does not hold."""
+        if plan.slot is None or not plan.may_read or plan.samples:
+            return None
+        if self.store.held(plan.slot) is not None:
+            return self.at_hand(call, plan)
+        began = time.perf_counter()
+        held = await self.store.find(plan.slot)
+        return self._whole(call, plan, held, began) if held is not None else None
+
+    def _whole(self, call: Call, plan: Plan, held: Held, began: float) -> Reply | None:
+        age = age_s(held.recording)
+        is_too_long = len(held.recording.head) > AT_HAND_BYTES
+        if is_too_long or not plan.directives.accepts(age) or self._stale_s(plan, age) > 0:
+            return None
+        fitting = _fitted(held, plan)
+        if fitting is None:
+            return None
+        answer = Answer(body=forms.replay(fitting, call), timings=forms.timings_of(fitting.recording))
+        reply = self._reply(call, plan, fitting, CacheStatus.HIT, answer)
+        answer.timings.cache_s = time.perf_counter() - began
+        return reply
+
     def _replayed(self, call: Call, plan: Plan, held: Held, status: CacheStatus) -> Reply:
+        return self._reply(call, plan, held, status, forms.replayed(held, call))
+
+    def _reply(self, call: Call, plan: Plan, held: Held, status: CacheStatus, answer: Answer) -> Reply:
         found = held.recording
         metrics.hits.add(call.endpoint.label, status.value, found.prompt_tokens, found.completion_tokens, found.seconds)
-        key = plan.slot.key if plan.slot else None
-        return Reply(forms.replayed(held, call), status, found.weights, key, int(age_s(found)))
+        return Reply(answer, status, found.weights, plan.slot.key if plan.slot else None, int(age_s(found)))
 
     def _stale_s(self, plan: Plan, age: float) -> float:
         """Seconds past its time; without a setting that gives a recording more, Redis ends it in time."""
@@ -350,7 +390,8 @@ class Service:
                     metrics.child(metrics.resumed, "flight").inc()
                     ride = Ride(seat, True, position.wants_usage, call.body, timings)
                     key = plan.slot.key if plan.slot else None
-                    yield Boarding(ride, CacheStatus.SHARED, seat.flight.ticket.weights, key)
+                    with ride.paid():
+                        yield Boarding(ride, CacheStatus.SHARED, seat.flight.ticket.weights, key)
                     return
             if not plan.is_shared:
                 raise lost()
@@ -370,14 +411,15 @@ class Service:
             wants_usage = position.wants_usage if position else call.wants_usage_event
             ride = Ride(seat, call.is_streaming, wants_usage, call.body, timings)
             status = plan.status if seat.is_first else CacheStatus.SHARED
-            yield Boarding(
-                ride,
-                status,
-                plan.serving.weights.short,
-                plan.slot.key if plan.slot else None,
-                alone=lambda: self._alone(call, plan),
-                instead=lambda error: self._instead(call, plan, error),
-            )
+            with ride.paid():
+                yield Boarding(
+                    ride,
+                    status,
+                    plan.serving.weights.short,
+                    plan.slot.key if plan.slot else None,
+                    alone=lambda: self._alone(call, plan),
+                    instead=lambda error: self._instead(call, plan, error),
+                )
             if seat.flight.is_finished and not (seat.is_first and seat.flight.is_led_here):
                 metrics.hits.save(seat.flight.timings.prompt_tokens or 0, seat.flight.timings.completion_tokens or 0)
 
@@ -391,7 +433,8 @@ class Service:
                 raise NotFound("there is no such stream any more; ask again")
             metrics.child(metrics.resumed, "flight").inc()
             ride = Ride(seat, True, position.wants_usage, {}, Timings())
-            yield Boarding(ride, CacheStatus.SHARED, seat.flight.ticket.weights, None)
+            with ride.paid():
+                yield Boarding(ride, CacheStatus.SHARED, seat.flight.ticket.weights, None)
 
     async def _alone(self, call: Call, plan: Plan) -> Reply:
         """A body generated for this call by itself. Raises AppError."""
@@ -416,6 +459,7 @@ class Service:
             is_stream,
             is_shared,
             is_kept,
+            call.caller,
             can_lead=lambda: engine.state.phase is Phase.READY,
             wait=lambda: engine.state.ready(self._settings.loading_wait_s),
         )
@@ -458,8 +502,8 @@ class Service:
         with metrics.in_flight.track_inprogress(), plan.serving.hold():
             is_counted = plan.may_write and forms.counts_choices(call, plan.shape, is_stream=flight.is_stream)
             asked = forms.in_engine_form(call, is_stream=flight.is_stream)
-            answer = await engine.answer(forms.asking_for_token_ids(asked) if is_counted else asked)
-            flight.timings = answer.timings
+            flight.timings = Timings(device_s=flight.timings.device_s, paid_s=flight.timings.paid_s)
+            answer = await engine.answer(forms.asking_for_token_ids(asked) if is_counted else asked, flight.timings)
             if answer.body is not None:
                 body, choice_tokens = forms.without_token_ids(answer.body) if is_counted else (answer.body, None)
                 await self._record_body(call, plan, flight, standing, body, choice_tokens, began)

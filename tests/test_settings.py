@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from pydantic import SecretStr
 
 from app.cache.link import Link
 from app.errors import StartRefused
-from app.settings import PREFIX, Settings, load, mask_url, masked, origins
+from app.settings import PREFIX, Settings, handed_down, load, mask_url, masked, origins, to_hand_down
 from tests.conftest import REPOSITORY
 
 
@@ -266,3 +267,11 @@ def test_config_prints_every_setting_with_its_origin(tmp_path: Path) -> None:
     assert shown["redis_url"] == {"value": "redis://u:***@h/0", "origin": "environment"}
     assert shown["home"] == {"value": str(tmp_path), "origin": "environment"}
     assert shown["port"] == {"value": "8000", "origin": "default"}
+
+
+def test_a_process_of_ours_gets_the_very_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Secrets too, in what goes over the wire between them; whatever the environment says by then."""
+    settings = load(port=0, redis_url="redis://u:hunter2@h:1/0", cache_secret="s" * 16, engine_args={"seed": 1})
+    monkeypatch.setenv("REFRAIN_CACHE", "off")
+    given = handed_down(msgspec.msgpack.decode(msgspec.msgpack.encode(to_hand_down(settings))))
+    assert dict(given) == dict(settings)

@@ -19,12 +19,13 @@ from cachetools import LRUCache
 from starlette.types import Receive, Scope, Send
 
 from app import wire
-from app.api.body import parse, read
+from app.api.body import is_json, parse, read
 from app.cache.policy import directives
 from app.domain import CacheStatus, Call, Caller, Endpoint, Reply, Timings
 from app.errors import AppError, BadCall, Broken, Draining, EngineFailed, UnknownModel
 from app.flight.names import Position, position
 from app.gate.keys import Gate
+from app.ledger.record import Record
 from app.observe import logs, metrics
 from app.service import Boarding, Plan, Service
 from app.serving import Catalog
@@ -37,6 +38,20 @@ Headers = list[tuple[bytes, bytes]]
 # What is understood of recent requests is kept up to this much memory, and not for bodies larger than that.
 MEMO_BYTES = 16 * 2**20
 MEMO_BODY_BYTES = 64 * 2**10
+
+# The headers beside which a hot hit needs nothing more than its body and its key: what SDKs send with every call, and
+# none of it can change what is answered. Any other header may mean something, and its call goes the whole way.
+_NOTHING_MORE = frozenset(
+    name.encode()
+    for name in (
+        "host connection user-agent accept accept-encoding accept-language content-type content-length "
+        "transfer-encoding authorization x-api-key x-request-id cache-control openai-organization openai-project "
+        "anthropic-version x-stainless-lang x-stainless-package-version x-stainless-os x-stainless-arch "
+        "x-stainless-runtime x-stainless-runtime-version x-stainless-async x-stainless-retry-count "
+        "x-stainless-read-timeout x-stainless-timeout x-stainless-helper-method x-stainless-raw-response "
+        "x-stainless-stream-helper"
+    ).split()
+)
 
 
 class _Question(NamedTuple):
@@ -65,19 +80,19 @@ class AnswerRoute:
         self._service = service
         self._gate = gate
         self._settings = settings
+        self._text_bytes = settings.ledger_text_bytes
         self._memo: LRUCache[_Question, _Understood] = LRUCache(MEMO_BYTES, lambda known: known.memory_bytes)
         self._memo_of = service.catalog
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         began = time.perf_counter()
-        headers = dict(scope["headers"])
-        caller = self._gate.admit(presented_key(headers, allow_x_api_key=self._endpoint is Endpoint.MESSAGES))
-        fields = scope["refrain"]
-        fields["tenant"] = caller.tenant
-        if caller.key_id:
-            fields["key"] = caller.key_id
+        headers, fields, record = dict(scope["headers"]), scope["refrain"], scope["record"]
+        caller = self._admit(headers, fields, record)
         content = await read(headers, receive, self._settings)
+        if self._text_bytes:
+            record.request = content[: self._text_bytes].decode(errors="replace")
         call, plan = self._understood(_Question(caller, self._service.catalog, headers.get(b"cache-control"), content))
+        record.stream, record.weights = call.is_streaming, plan.serving.weights.short
 
         if (idempotency_key := headers.get(b"idempotency-key")) is not None:
             plan = await self._service.claimed(call, plan, idempotency_key.decode("latin-1"))
@@ -89,15 +104,77 @@ class AnswerRoute:
         reply = await self._service.recall(call, plan) if came_back is None else None
         if reply is not None:
             status, timings = reply.cache, reply.answer.timings
-            fields["cache"] = status.value
+            record.note_answer(status.value, reply.weights, timings)
             await _send(reply, send)
         else:
             aboard = self._service.aboard(call, plan, looked_s=time.perf_counter() - looking, position=came_back)
-            status, timings = await answer_aboard(aboard, call.endpoint, self._settings, receive, send)
-            fields["cache"] = status.value
-        if timings.completion_tokens is not None:
-            fields["in"], fields["out"] = timings.prompt_tokens, timings.completion_tokens
-        _observe(status, timings, time.perf_counter() - began)
+            status, timings = await answer_aboard(aboard, call.endpoint, self._settings, receive, send, record)
+        _tell(fields, status, timings, time.perf_counter() - began)
+
+    def at_once(
+        self, headers: Headers, content: bytes, fields: dict[str, Any], record: Record
+    ) -> tuple[Headers, bytes] | None:
+        """The response to a hot hit, headers and body, without asking or waiting for anybody. None: it is no such hit,
+        or there is more to it, and the call goes the whole way (`__call__`), refusals included."""
+        began = time.perf_counter()
+        question = self._plain(headers, content, fields, record)
+        known = self._memo.get(question) if question is not None else None
+        if question is None or known is None:
+            return None
+        call = Call(self._endpoint, known.body, question.caller, "")
+        return self._response(question, call, self._service.at_hand(call, known.plan), fields, record, began)
+
+    async def fetched(
+        self, headers: Headers, content: bytes, fields: dict[str, Any], record: Record
+    ) -> tuple[Headers, bytes] | None:
+        """The same for a hit that Redis has; it is then held here, and the next one is `at_once`."""
+        began = time.perf_counter()
+        question = self._plain(headers, content, fields, record)
+        if question is None:
+            return None
+        try:
+            call, plan = self._understood(question)
+        except AppError:
+            return None
+        return self._response(question, call, await self._service.fetched(call, plan), fields, record, began)
+
+    def _plain(self, headers: Headers, content: bytes, fields: dict[str, Any], record: Record) -> _Question | None:
+        """What is asked, where there is nothing more to it than its body and its key."""
+        named = dict(headers)
+        if not named.keys() <= _NOTHING_MORE or len(named) != len(headers) or not is_json(named):
+            return None
+        try:
+            caller = self._admit(named, fields, record)
+        except AppError:
+            return None
+        return _Question(caller, self._service.catalog, named.get(b"cache-control"), content)
+
+    def _response(
+        self,
+        question: _Question,
+        call: Call,
+        reply: Reply | None,
+        fields: dict[str, Any],
+        record: Record,
+        began: float,
+    ) -> tuple[Headers, bytes] | None:
+        if reply is None or reply.answer.body is None:
+            return None
+        record.stream = call.is_streaming
+        headers = _reply_headers(reply, b"text/event-stream" if record.stream else b"application/json")
+        if self._text_bytes:
+            record.request = question.content[: self._text_bytes].decode(errors="replace")
+            record.response = reply.answer.body[: self._text_bytes].decode(errors="replace")
+        _tell(fields, reply.cache, reply.answer.timings, time.perf_counter() - began)
+        record.note_answer(fields["cache"], reply.weights, reply.answer.timings)
+        return headers, reply.answer.body
+
+    def _admit(self, headers: dict[bytes, bytes], fields: dict[str, Any], record: Record) -> Caller:
+        caller = self._gate.admit(presented_key(headers, allow_x_api_key=self._endpoint is Endpoint.MESSAGES))
+        fields["tenant"] = record.tenant = caller.tenant
+        if caller.key_id:
+            fields["key"] = record.key = caller.key_id
+        return caller
 
     def _understood(self, question: _Question) -> tuple[Call, Plan]:
         """The call, and what the cache may do for it. The same bytes from the same caller are understood once."""
@@ -147,8 +224,10 @@ class StreamRoute:
         seen = _position(headers.get(b"last-event-id"))
         if seen is not None and (named is None or seen.stream_id != named.stream_id):
             raise BadCall("Last-Event-ID is no event of this stream", param="Last-Event-ID")
+        record: Record = scope["record"]
+        record.tenant, record.key, record.stream = caller.tenant, caller.key_id or "", True
         aboard = self._service.back_aboard(seen or named, caller)
-        status, _ = await answer_aboard(aboard, None, self._settings, receive, send)
+        status, _ = await answer_aboard(aboard, None, self._settings, receive, send, record)
         scope["refrain"]["cache"] = status.value
 
 
@@ -158,18 +237,21 @@ async def answer_aboard(
     settings: Settings,
     receive: Receive,
     send: Send,
+    record: Record,
 ) -> tuple[CacheStatus, Timings]:
     """Answer a client with the flight that it is on, while it is there. Raises what it raises, before the first byte.
 
-    `endpoint` is known beforehand where the client made the call, and not where it only comes back to it.
+    `endpoint` is known beforehand where the client made the call, and not where it only comes back to it. What came
+    of it is noted in `record`, however it ends.
     """
-    stream = _Stream(send, settings.keep_alive_s, endpoint)
+    stream = _Stream(send, settings.keep_alive_s, endpoint, record)
     work = asyncio.create_task(_answer(aboard, stream, send), name="answer")
     gone = asyncio.create_task(_gone(receive), name="client-gone")
     try:
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
             metrics.left.inc()
+            record.finish = "left"
             log.info("the client left; its generation goes on only where somebody else wants it")
             return stream.status, Timings()
         return stream.status, work.result()
@@ -185,6 +267,7 @@ async def answer_aboard(
         for task in (work, gone):
             task.cancel()
         await asyncio.wait({work, gone})
+        stream.note()
 
 
 async def _answer(aboard: AbstractAsyncContextManager[Boarding], stream: _Stream, send: Send) -> Timings:
@@ -192,13 +275,13 @@ async def _answer(aboard: AbstractAsyncContextManager[Boarding], stream: _Stream
         stream.board(boarding)
         if not boarding.ride.is_streaming:
             reply = await boarding.reply()
-            stream.status = reply.cache
+            stream.answer(reply)
             await _send(reply, send)
             return reply.answer.timings
         async with stream.kept_alive():
             try:
                 reply = await boarding.reply()
-                stream.status = reply.cache
+                stream.answer(reply)
                 assert reply.answer.events is not None  # noqa: S101 - a streaming call
                 async with aclosing(reply.answer.events) as events:  # type: ignore[type-var]
                     await stream.run(reply, events)
@@ -220,8 +303,11 @@ async def _answer(aboard: AbstractAsyncContextManager[Boarding], stream: _Stream
 class _Stream:
     """A response of server-sent events: started late, kept alive, ended by its last event or an error event."""
 
-    def __init__(self, send: Send, keep_alive_s: float, endpoint: Endpoint | None) -> None:
+    def __init__(self, send: Send, keep_alive_s: float, endpoint: Endpoint | None, record: Record) -> None:
         self._send = send
+        self._record = record
+        self._weights = record.weights
+        self._timings: list[Timings] = []
         self._keep_alive_s = keep_alive_s
         self._early_headers: Headers = []
         self._comment_end = b"\n\n"
@@ -233,12 +319,24 @@ class _Stream:
     def board(self, boarding: Boarding) -> None:
         """What is known before the engine has said anything: a stream may have to start with a keep-alive."""
         self.status = boarding.status
+        self._weights, self._timings = boarding.weights, [boarding.ride.timings]
         self._endpoint = boarding.endpoint
         if boarding.ride.has_ids:  # once an event had an id, the official clients take a blank line for an event
             self._comment_end = b"\n"
         self._early_headers = _headers(
             boarding.status, boarding.weights, boarding.key, None, Timings(), b"text/event-stream"
         )
+
+    def answer(self, reply: Reply) -> None:
+        """The answer begins; it may be another than that of the flight that was boarded."""
+        self.status, self._weights = reply.cache, reply.weights
+        if reply.answer.timings is not self._timings[0]:
+            self._timings.append(reply.answer.timings)
+
+    def note(self) -> None:
+        """What was answered, once its flights have been left, since these say what there is to pay."""
+        for timings in self._timings:
+            self._record.note_answer(self.status.value, self._weights, timings)
 
     async def run(self, reply: Reply, events: AsyncIterator[bytes]) -> None:
         """Send the events as they come.
@@ -261,6 +359,7 @@ class _Stream:
 
     async def fail(self, error: AppError) -> None:
         """One error event, and the end: never a silent cut, never a [DONE]."""
+        self._record.finish, self._record.error = "broken", error.code or error.type
         body = json.dumps(error.body(logs.request_id.get()), ensure_ascii=False).encode()
         named = b"event: error\n" if self._endpoint in (Endpoint.MESSAGES, Endpoint.RESPONSES) else b""
         await self._write(named + b"data: " + body + b"\n\n")
@@ -368,7 +467,10 @@ def server_timing(timings: Timings) -> str:
     return ", ".join(known) or "cache;dur=0"
 
 
-def _observe(status: CacheStatus, timings: Timings, seconds: float) -> None:
+def _tell(fields: dict[str, Any], status: CacheStatus, timings: Timings, seconds: float) -> None:
+    fields["cache"] = status.value
+    if timings.completion_tokens is not None:
+        fields["in"], fields["out"] = timings.prompt_tokens, timings.completion_tokens
     metrics.child(metrics.duration, status.value).observe(seconds)
     for name, taken_s in _phases(timings):
         metrics.child(metrics.phases, name).observe(max(0.0, taken_s))

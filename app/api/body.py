@@ -33,7 +33,8 @@ async def read(headers: dict[bytes, bytes], receive: Receive, settings: Settings
         NotJson: another content type. BodyTooLarge, BodyTimedOut: past the bounds.
         ClientLeft: nobody is there any more.
     """
-    _check_type(headers)
+    if not is_json(headers):
+        raise NotJson("the content type must be application/json")
     length = headers.get(b"content-length", b"0")
     if length.isdigit() and int(length) > settings.max_body_bytes:
         if b"expect" not in headers:  # a client that asks first has not sent anything yet
@@ -56,10 +57,10 @@ def _is_there(receive: Receive) -> bool:
     return getattr(getattr(receive, "__self__", None), "more_body", True) is False
 
 
-def _check_type(headers: dict[bytes, bytes]) -> None:
+def is_json(headers: dict[bytes, bytes]) -> bool:
+    """Whether the body is said to be JSON."""
     media_type = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-    if media_type != b"application/json" and not media_type.endswith(b"+json"):
-        raise NotJson("the content type must be application/json")
+    return media_type == b"application/json" or media_type.endswith(b"+json")
 
 
 async def _read(receive: Receive, max_bytes: int) -> bytes:

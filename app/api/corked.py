@@ -53,6 +53,14 @@ class _Corked:
             self._loop.call_soon(self._flush)
         self._waiting.append(data)
 
+    def write_at_once(self, data: bytes) -> None:
+        """With what waits before it, in one system call, now."""
+        self._waiting.append(data)
+        self._flush()
+
+    def get_write_buffer_size(self) -> int:
+        return sum(map(len, self._waiting)) + self._transport.get_write_buffer_size()
+
     def close(self) -> None:
         self._flush()
         self._transport.close()
@@ -60,4 +68,5 @@ class _Corked:
     def _flush(self) -> None:
         if self._waiting:
             waiting, self._waiting = self._waiting, []
-            self._transport.write(b"".join(waiting))
+            if not self._transport.is_closing():  # its client may have left since
+                self._transport.write(b"".join(waiting))

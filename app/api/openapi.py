@@ -245,11 +245,50 @@ class CachePurged(BaseModel):
     purged: int = Field(description="How many recordings were deleted.")
 
 
+class UsageTally(BaseModel):
+    """A row has besides these what it was summed by: `tenant`, `day`, ..."""
+
+    calls: int
+    failed: int = Field(description="Refused, broken, or left by their client.")
+    spared_calls: int = Field(description="Answered without a generation: hits, stale and shared.")
+    prompt_tokens: int
+    completion_tokens: int
+    spared_tokens: int = Field(description="Of both, what need not be computed.")
+    device_s: float = Field(description="Device-seconds of the engine's time.")
+    cost: float = Field(description="At the prices that held when the calls were made.")
+    mean_s: float = Field(description="Mean time of a call, to its last byte.")
+
+
+class UsageRow(UsageTally):
+    model_config = ConfigDict(extra="allow")
+
+
+class UsageTraining(BaseModel):
+    model: str
+    device_s: float
+
+
+class UsageDevices(BaseModel):
+    busy_s: float
+    idle_s: float = Field(description="Nothing to do, or loading.")
+
+
+class Usage(BaseModel):
+    by: list[str]
+    rows: list[UsageRow]
+    total: UsageTally
+    training: list[UsageTraining]
+    devices: UsageDevices
+    first: float | None = Field(description="Unix time of the first call.")
+    last: float | None
+    skipped_lines: int = Field(description="Lines that are not whole, and not counted.")
+
+
 _OURS: dict[str, type[BaseModel]] = {
     cls.__name__: cls
     for cls in (
         CacheDirectives, Error, Model, ModelList, Alive, Readiness, Version, CacheStats, CachePurge, CachePurged,
-        Swap, ModelsServed, AdapterLoad,
+        Swap, ModelsServed, AdapterLoad, Usage,
     )
 }  # fmt: skip
 
@@ -606,9 +645,40 @@ def _paths() -> Json:
             ("ModelsServed", {"served": [_SERVED], "swap": None}), errors=(401, 403, 404, 405, 500, 503),
             parameters=[_in_path("name", "The adapter's name.", "polite")],
         ))},
+        "/admin/usage": {"get": _admin(_simple_get(
+            "usage", "What was used, and what it cost", "admin", ("Usage", _USAGE), errors=(400, 401, 403, 405, 500),
+            parameters=[
+                _in_query("by", "What to sum by, by commas: tenant, key, model, weights, day, cache, endpoint, "
+                          "status, finish.", "tenant,day"),
+                _in_query("since", "`7d`, `12h`, `30m` (ago), or an ISO 8601 time.", "7d"),
+                _in_query("until", "Before when, given like `since`.", "2026-11-25"),
+                _in_query("model", "Only this model.", MODEL),
+            ],
+        ))},
     }  # fmt: skip
 
 
+_TALLY = {
+    "calls": 20,
+    "failed": 1,
+    "spared_calls": 12,
+    "prompt_tokens": 740,
+    "completion_tokens": 960,
+    "spared_tokens": 1020,
+    "device_s": 4.211,
+    "cost": 0.00234,
+    "mean_s": 0.3127,
+}
+_USAGE = {
+    "by": ["tenant", "day"],
+    "rows": [{"tenant": "default", "day": "2026-11-25"} | _TALLY],
+    "total": _TALLY,
+    "training": [{"model": "support-bot", "device_s": 374.0}],
+    "devices": {"busy_s": 4.32, "idle_s": 3595.7},
+    "first": 1795567200.0,
+    "last": 1795570800.0,
+    "skipped_lines": 0,
+}
 _SERVED = {"name": MODEL, "digest": examples.CARD["weights"], "kind": "model"}
 _ADAPTER = {"name": "polite", "digest": "5f1c0e3a9d27" + "0" * 52, "kind": "adapter"}
 _SWAPPED = {
@@ -738,6 +808,16 @@ def _in_path(name: str, description: str, example: str) -> Json:
         "name": name,
         "in": "path",
         "required": True,
+        "description": description,
+        "schema": {"type": "string"},
+        "example": example,
+    }
+
+
+def _in_query(name: str, description: str, example: str) -> Json:
+    return {
+        "name": name,
+        "in": "query",
         "description": description,
         "schema": {"type": "string"},
         "example": example,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version as distribution_version
@@ -14,7 +15,6 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
-from starlette.types import ASGIApp
 
 from app import __version__
 from app.api.answers import AnswerRoute, StreamRoute, presented_key
@@ -32,6 +32,7 @@ from app.errors import (
     UnknownModel,
 )
 from app.gate.keys import Gate
+from app.ledger.sums import Question, dimensions, moment, summed
 from app.observe import logs, metrics
 from app.service import Service
 from app.serving import Serving
@@ -40,21 +41,28 @@ from app.swap import Swapper
 
 
 def mount_routes(
-    app: FastAPI, service: Service, gate: Gate, settings: Settings, swapper: Swapper
-) -> dict[str, ASGIApp]:
-    """Add every route of the API to the app; those that answer are given back too, by path (see `Edge`)."""
-    answering: dict[str, ASGIApp] = {
-        endpoint.value: AnswerRoute(endpoint, service, gate, settings) for endpoint in Endpoint
-    }
+    app: FastAPI,
+    service: Service,
+    gate: Gate,
+    settings: Settings,
+    swapper: Swapper,
+    counted_elsewhere: Callable[[], Awaitable[metrics.Counts]],
+) -> dict[str, AnswerRoute]:
+    """Add every route of the API to the app; those that answer are given back too, by path (see `Edge`).
+
+    `counted_elsewhere` gives what other processes have counted of this server's responses.
+    """
+    answering = {endpoint.value: AnswerRoute(endpoint, service, gate, settings) for endpoint in Endpoint}
     for path, route in answering.items():
         app.router.routes.append(Route(path, route, methods=["POST"]))
     app.router.routes.append(Route("/v1/streams/{stream_id}", StreamRoute(service, gate, settings), methods=["GET"]))
     _mount_models(app, service, gate)
     _mount_tokens(app, service, gate, settings)
     _mount_stored_responses(app, service, gate)
-    _mount_health(app, service, swapper)
+    _mount_health(app, service, swapper, counted_elsewhere)
     _mount_admin(app, service, gate, settings)
     _mount_swaps(app, service, gate, settings, swapper)
+    _mount_usage(app, gate, settings)
     _mount_errors(app)
     return answering
 
@@ -126,7 +134,12 @@ def _as_response(answer: Answer) -> Response:
     return Response(answer.body, media_type="application/json")
 
 
-def _mount_health(app: FastAPI, service: Service, swapper: Swapper) -> None:
+def _mount_health(
+    app: FastAPI,
+    service: Service,
+    swapper: Swapper,
+    counted_elsewhere: Callable[[], Awaitable[metrics.Counts]],
+) -> None:
     @app.get("/healthz")
     async def alive() -> dict[str, str]:
         return {"status": "alive"}
@@ -154,7 +167,9 @@ def _mount_health(app: FastAPI, service: Service, swapper: Swapper) -> None:
     async def prometheus() -> Response:
         metrics.engine_ready.set(service.engine.state.phase is Phase.READY)
         metrics.engine_restarts.set(service.engine.state.restarts)
-        return Response(metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+        metrics.device_seconds.labels("busy").set(service.engine.meter.busy_s)
+        metrics.device_seconds.labels("idle").set(service.engine.meter.idle_s)
+        return Response(metrics.exposition(await counted_elsewhere()), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/version")
     async def version() -> dict[str, str]:
@@ -189,6 +204,23 @@ def _mount_admin(app: FastAPI, service: Service, gate: Gate, settings: Settings)
             return JSONResponse({"purged": await service.store.purge(model=model, tenant=tenant)})
         except RedisDown:
             raise AppError("redis does not answer", status=503, code="redis_down", retry_after_s=5) from None
+
+
+def _mount_usage(app: FastAPI, gate: Gate, settings: Settings) -> None:
+    one_at_a_time = asyncio.Lock()
+
+    @app.get("/admin/usage")
+    async def usage(
+        request: Request,
+        by: str = "day",
+        since: str | None = None,
+        until: str | None = None,
+        model: str | None = None,
+    ) -> JSONResponse:
+        _admin(request, gate)
+        question = Question(dimensions(by), moment(since), moment(until), model)
+        async with one_at_a_time:  # in a thread: a million records take a second
+            return JSONResponse((await asyncio.to_thread(summed, settings.ledger_root, question)).told())
 
 
 def _mount_swaps(app: FastAPI, service: Service, gate: Gate, settings: Settings, swapper: Swapper) -> None:

@@ -76,6 +76,10 @@ class Store:
         """Whether recordings are held in this process now."""
         return self._near.is_open
 
+    def held(self, slot: Slot) -> Held | None:
+        """The recording, if this process holds it."""
+        return self._near.get(slot.key)
+
     async def find(self, slot: Slot) -> Held | None:
         """The recording, whole, or None: not there, Redis down, or not one of ours."""
         held = self._near.get(slot.key)

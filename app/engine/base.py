@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
-from app.domain import Answer, Call, Weights
+from app.domain import Answer, Call, Timings, Weights
+from app.engine.meter import Meter
 from app.errors import Draining, EngineDown, Loading
 
 
@@ -69,6 +70,7 @@ class Engine(Protocol):
     """
 
     state: EngineState
+    meter: Meter
 
     async def start(self) -> None:
         """Begin to load, and return; `state` tells the rest."""
@@ -93,8 +95,11 @@ class Engine(Protocol):
     async def unload_adapter(self, name: str) -> None:
         """Serve it no more. Nothing happens where there is none of that name."""
 
-    async def answer(self, call: Call) -> Answer:
-        """Generate. A refusal is raised here, before there is an event to send."""
+    async def answer(self, call: Call, timings: Timings | None = None) -> Answer:
+        """Generate. A refusal is raised here, before there is an event to send.
+
+        `timings` are the answer's: they tell what was used also of an answer that never comes.
+        """
 
     async def tokens(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """`/tokenize`, `/detokenize` and `/v1/messages/count_tokens`: body in, body out."""

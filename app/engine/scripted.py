@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from app import wire
 from app.domain import Answer, Call, Endpoint, Timings, Weights
 from app.engine.base import EngineState, Phase
+from app.engine.meter import Meter
 from app.engine.schema import refuse_misfits
 from app.errors import AdapterFailed, AppError, EngineDown, NotFound, UnsupportedEndpoint
 from app.settings import Settings
@@ -66,8 +67,10 @@ class ScriptedEngine:
         adapters: Sequence[Weights] = (),
         is_driven: bool = False,
         is_ready: bool = True,
+        meter: Meter | None = None,
     ) -> None:
         self.state = EngineState()
+        self.meter = meter or Meter()
         self.calls: list[Call] = []
         self.asked: asyncio.Queue[Script] = asyncio.Queue()
         self.running = 0
@@ -99,7 +102,7 @@ class ScriptedEngine:
     async def close(self) -> None:
         self.state.become(Phase.DRAINING, "closing")
 
-    async def answer(self, call: Call) -> Answer:
+    async def answer(self, call: Call, timings: Timings | None = None) -> Answer:
         if self.state.phase is Phase.FAILED:
             raise EngineDown("the engine is down", retry_after_s=5)
         if call.endpoint is Endpoint.EMBEDDINGS:
@@ -111,7 +114,8 @@ class ScriptedEngine:
         script = Script(call)
         if self._is_driven:
             self.asked.put_nowait(script)
-        timings = Timings(queue_s=0.0)
+        timings = timings or Timings()
+        timings.queue_s = 0.0
         words = script.words() if self._is_driven else self._at_a_rate(call)
         if call.is_streaming:
             return Answer(events=self._streamed(call, words, script, timings), timings=timings)
@@ -141,6 +145,7 @@ class ScriptedEngine:
     ) -> AsyncGenerator[str, None]:
         began, first = time.perf_counter(), None
         self.running += 1
+        self.meter.begin()
         timings.prompt_tokens, timings.completion_tokens = _prompt_tokens(script.call), 0
         try:
             async with aclosing(words):
@@ -149,12 +154,14 @@ class ScriptedEngine:
                     timings.completion_tokens += 1
                     timings.streamed_tokens += 1
                     timings.prefill_s, timings.decode_s = first - began, time.perf_counter() - first
+                    self.meter.step([(timings, 1)])
                     yield word
         except (asyncio.CancelledError, GeneratorExit):
             script.was_aborted = True
             raise
         finally:
             self.running -= 1
+            self.meter.end(timings)
 
     async def _at_a_rate(self, call: Call) -> AsyncGenerator[str, None]:
         weights = self._asked(call)

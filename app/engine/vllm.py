@@ -29,6 +29,8 @@ from app.domain import Answer, Call, Endpoint, Timings, Weights
 from app.engine import cpu
 from app.engine.base import EngineState, Phase
 from app.engine.measure import measure
+from app.engine.meter import Meter
+from app.engine.steps import watch_steps
 from app.errors import (
     AdapterFailed,
     AppError,
@@ -71,10 +73,12 @@ class VllmEngine:
         *,
         check: Callable[[Weights, dict[str, Any]], None] | None = None,
         adapters: Sequence[Weights] = (),
+        meter: Meter | None = None,
     ) -> None:
         """`check` gets the fingerprint of each engine that was loaded, and raises Mismatch over a wrong one.
         `adapters` are loaded with it."""
         self.state = EngineState()
+        self.meter = meter or Meter()
         self.fingerprint: dict[str, Any] = {}
         self._settings = settings
         self._weights = weights
@@ -156,7 +160,7 @@ class VllmEngine:
         self._progress("importing vLLM")
         args = await asyncio.to_thread(_parse, self._settings, self._weights)
         self._progress("loading weights")
-        llm = await asyncio.to_thread(_build, args)
+        llm = await asyncio.to_thread(_build, args, self.meter)
         self._llm = llm
         self._progress("preparing handlers")
         self._handlers = await _host_handlers(llm, args)
@@ -256,9 +260,9 @@ class VllmEngine:
 
     # --- answers ------------------------------------------------------------------------------
 
-    async def answer(self, call: Call) -> Answer:
+    async def answer(self, call: Call, timings: Timings | None = None) -> Answer:
         handlers = self._ready_handlers()
-        timings = Timings()
+        timings = timings or Timings()
         token = _timings.set(timings)
         try:
             with _translated():
@@ -656,7 +660,7 @@ def _parse(settings: Settings, weights: Weights) -> Any:
     return args
 
 
-def _build(args: Any) -> Any:
+def _build(args: Any, meter: Meter) -> Any:
     import vllm.v1.engine.utils as core_processes
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -680,7 +684,9 @@ def _build(args: Any) -> Any:
                         raise EngineFailed("the generation was aborted")
                     yield output
 
-    return ObservedLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args))
+    llm = ObservedLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args))
+    watch_steps(llm, meter, _timings.get)
+    return llm
 
 
 def _note(timings: Timings, output: Any) -> None:

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Seque
 from dataclasses import dataclass, field
 
 from app import wire
-from app.domain import Endpoint, Timings
+from app.domain import Caller, Endpoint, Timings
 from app.errors import AppError, Incomplete, StreamLost
 from app.flight import names
 from app.flight.names import Position
@@ -26,7 +26,8 @@ class Ticket:
 
     `key`: calls with equal keys may share one. `owner`: who may come back to its stream. `weights`: whose answer it is.
     `is_stream`: the form in which this process would lead it. `is_shared`: others may come aboard, and carry it on.
-    `is_kept`: it goes on when everybody has left, and can be come back to. `can_lead`, `wait`: whether this process
+    `is_kept`: it goes on when everybody has left, and can be come back to. `caller`: pays what nobody aboard does.
+    `can_lead`, `wait`: whether this process
     could generate now, and to wait until it can (raises AppError).
     """
 
@@ -37,6 +38,7 @@ class Ticket:
     is_stream: bool
     is_shared: bool
     is_kept: bool
+    caller: Caller = field(default_factory=Caller)
     can_lead: Callable[[], bool] = lambda: True
     wait: Callable[[], Awaitable[None]] = _at_once
 
@@ -106,6 +108,13 @@ class Flight:
         await future
 
 
+def settle(flight: Flight) -> float:
+    """Device-seconds that the flight used and nobody has paid for yet; who asks pays them."""
+    timings = flight.timings
+    due, timings.paid_s = timings.device_s - timings.paid_s, timings.device_s
+    return due
+
+
 class Seat:
     """One client's place on a flight. `is_first`: it took off for this one; all others share it."""
 
@@ -123,6 +132,10 @@ class Seat:
         if self._own is None:  # not before there is an event: until then a flight may take another's name
             self._own = Position(self.flight.uid, self._rider, wants_usage)
         return self._own
+
+    def pay(self) -> float:
+        """What this client pays when it leaves: the first aboard all that was used by then, the last what is left."""
+        return settle(self.flight) if self.is_first or self.flight.seats == 1 else 0.0
 
     async def opened(self) -> bool:
         """Wait for the first event; whether the flight is a stream, and not one body.

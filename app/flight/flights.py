@@ -23,7 +23,7 @@ from app.cache.link import Link
 from app.domain import Endpoint
 from app.errors import AppError, Broken, Diverged, Draining, EngineFailed, LeaseLost, RedisDown
 from app.flight import names
-from app.flight.flight import Flight, Seat, Ticket, lost
+from app.flight.flight import Flight, Seat, Ticket, lost, settle
 from app.flight.idempotency import Claims
 from app.flight.lease import Boarded, Lease, Leases
 from app.flight.live import Following, Reader, Seal, Told
@@ -44,7 +44,8 @@ FIND_S = 0.5
 
 
 class Flights:
-    """All flights of this process. `is_alone`: no other process shares the Redis, so nothing is published there."""
+    """All flights of this process. `is_alone`: no other process shares the Redis, so nothing is published there.
+    `on_rest` hears of device-seconds that no client aboard paid for."""
 
     def __init__(self, settings: Settings, link: Link, url: str, *, is_alone: bool) -> None:
         self._settings = settings
@@ -59,6 +60,7 @@ class Flights:
         self._kept: dict[str, Flight] = {}
         self._held: dict[Flight, Lease] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self.on_rest: Callable[[Ticket, float], None] = lambda ticket, device_s: None
 
     async def close(self) -> None:
         """End what flies here. Other processes that follow carry it on."""
@@ -117,6 +119,7 @@ class Flights:
             flight.seats -= 1
             if not flight.seats and not flight.is_over:
                 self._deserted(flight)
+            self._settle_rest(flight)
 
     def _deserted(self, flight: Flight) -> None:
         if not _is_awaited(flight) and flight not in self._held:
@@ -337,7 +340,13 @@ class Flights:
             flight.uid = uid
             self._by_uid[uid] = flight
 
+    def _settle_rest(self, flight: Flight) -> None:
+        """What the engine did that no client was there to pay for is told of, once that is sure."""
+        if flight.is_over and not flight.seats and (rest_s := settle(flight)) > 0:
+            self.on_rest(flight.ticket, rest_s)
+
     def _landed(self, flight: Flight) -> None:
+        self._settle_rest(flight)
         if self._by_key.get(flight.ticket.key) is flight:
             del self._by_key[flight.ticket.key]
         if not flight.ticket.is_kept or not flight.is_finished:

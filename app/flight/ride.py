@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -88,10 +88,19 @@ class Ride:
         renamed = wire.template(self._endpoint, content, flight.identity)
         return renamed((fresh, flight.identity[1]), self.request_body)
 
+    @contextmanager
+    def paid(self) -> Iterator[None]:
+        """Aboard until the context ends: then the timings say what was used, and what this client pays of it."""
+        try:
+            yield
+        finally:
+            self._note_timings()
+            self.timings.paid_s += self.seat.pay()
+
     def _note_timings(self) -> None:
-        """What the flight knows by now; what this client waited for the cache is its own."""
+        """What the flight knows by now; what this client waited for the cache, and pays, is its own."""
         for each in fields(Timings):
-            if each.name != "cache_s":
+            if each.name not in ("cache_s", "paid_s"):
                 setattr(self.timings, each.name, getattr(self.seat.flight.timings, each.name))
 
 

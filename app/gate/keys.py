@@ -97,13 +97,17 @@ class KeyFile:
 class Gate:
     """Who a request is from. Without any key (loopback only) everybody is the tenant `default`."""
 
-    def __init__(self, file: KeyFile) -> None:
-        """Raises StartRefused where the file cannot be understood."""
+    def __init__(self, file: KeyFile, *, is_locked: bool = False) -> None:
+        """`is_locked`: there were keys before, so without any nobody may enter.
+
+        Raises:
+            StartRefused: the file cannot be understood.
+        """
         self._file = file
         self._looked = time.monotonic()
         self._stamp = file.stamp()
         self._keys = _by_hash(file.read())
-        self._had_keys = bool(self._keys)
+        self._had_keys = is_locked or bool(self._keys)
 
     @property
     def is_open(self) -> bool:

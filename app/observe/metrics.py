@@ -5,10 +5,14 @@ Labels come from fixed lists and never from a client's text, so their number is 
 
 from __future__ import annotations
 
+import collections
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
-from prometheus_client import Counter, Gauge, Histogram, generate_latest
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
@@ -52,6 +56,17 @@ leases_lost = Counter("refrain_flight_leases_lost_total", "Generations whose lea
 resumed = Counter("refrain_streams_resumed_total", "Streams that a client came back to, by where they were.", ["found"])
 streams_kept_bytes = Gauge("refrain_streams_kept_bytes", "Memory of finished streams that can still be resumed.")
 streams_evicted = Counter("refrain_streams_evicted_total", "Finished streams that were forgotten before their time.")
+ledger_records = Counter("refrain_ledger_records_total", "Records of the usage ledger that are on the disk.")
+ledger_lost = Counter("refrain_ledger_lost_total", "Records of the usage ledger that were lost: the disk took none.")
+ledger_held = Gauge("refrain_ledger_held", "Records of the usage ledger in memory that could not be written yet.")
+ledger_up = Gauge("refrain_ledger_up", "1 while the usage ledger can be written, else 0.")
+device_seconds = Gauge(
+    "refrain_device_seconds", "Device-seconds since the start, in which the engine worked or not.", ["state"]
+)
+http_workers = Gauge("refrain_http_workers", "Processes beside this one that answer hits now.")
+connections_handed = Counter(
+    "refrain_connections_handed_total", "Connections that went to the server's own process, or to a worker.", ["to"]
+)
 duration = Histogram("refrain_call_seconds", "From request to last byte.", ["cache"], buckets=_SECONDS)
 phases = Histogram("refrain_phase_seconds", "Time per phase of a call.", ["phase"], buckets=_SECONDS)
 
@@ -101,7 +116,53 @@ class HitTally:
 hits = HitTally()
 
 
-def exposition() -> bytes:
-    """Everything in Prometheus's text format."""
+# A family's name, a sample's name, and its labels.
+Key = tuple[str, str, tuple[tuple[str, str], ...]]
+Counts = collections.Counter[Key]
+
+
+def counts(*, but: str) -> Counts:
+    """What this process has counted since it began, but for the family `but`: all that adds up over processes."""
     hits.settle()
-    return generate_latest()
+    return Counts(
+        {
+            (family.name, sample.name, tuple(sample.labels.items())): sample.value
+            for family in REGISTRY.collect()
+            if _adds_up(family) and family.name != but
+            for sample in family.samples
+            if not sample.name.endswith("_created")
+        }
+    )
+
+
+def exposition(elsewhere: Mapping[Key, float]) -> bytes:
+    """Everything in Prometheus's text format, with what other processes have counted for this one added."""
+    hits.settle()
+    if not elsewhere:
+        return generate_latest()
+    registry = CollectorRegistry()
+    registry.register(_WithCounts(elsewhere))
+    return generate_latest(registry)
+
+
+def _adds_up(family: Metric) -> bool:
+    return family.name.startswith("refrain_") and family.type in ("counter", "histogram")
+
+
+class _WithCounts(Collector):
+    def __init__(self, counts: Mapping[Key, float]) -> None:
+        self._counts = counts
+
+    def collect(self) -> Iterator[Metric]:
+        more: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], float]] = collections.defaultdict(dict)
+        for (family, name, labels), value in self._counts.items():
+            more[family][name, labels] = value
+        for metric in REGISTRY.collect():
+            added = more.pop(metric.name, {}) if _adds_up(metric) else {}
+            metric.samples = [
+                sample._replace(value=sample.value + added.pop((sample.name, tuple(sample.labels.items())), 0.0))
+                for sample in metric.samples
+            ]
+            # What only others have counted yet.
+            metric.samples += [Sample(name, dict(labels), value) for (name, labels), value in added.items()]
+            yield metric

@@ -18,6 +18,7 @@ import app
 from app import weights
 from app.domain import Weights
 from app.errors import StartRefused
+from app.ledger.ledger import note_training
 from app.settings import DEFAULT_MODEL
 from app.train import checks, gate, report
 from app.train.checkpoints import remove_broken
@@ -87,6 +88,7 @@ def run(job: Job, home: Path, say: Say, tell: Callable[[Step], None], *, force: 
             _leave_the_others(me)
             if me.is_first:
                 write_whole(folder / "trained.json", msgspec.json.encode(trained))
+                _account(job, home, "train", trained.seconds * me.size, say)
         if not me.is_first:
             return None
         say(f"trained: {trained.steps} steps in {trained.seconds:.0f} s, loss {trained.loss:.3f}; {folder}")
@@ -95,6 +97,7 @@ def run(job: Job, home: Path, say: Say, tell: Callable[[Step], None], *, force: 
             export(job, Path(base.path), folder / "final", staged, base.short)
             # 5. Against the base, in the engine that will serve it.
             evaluation = evaluate(job, home, base, staged, trained, questions, say)
+            _account(job, home, "evaluate", evaluation.seconds, say)
             # 6. The gate.
             write_report(job, folder, base, trained, evaluation)
             if evaluation.reasons and not force:
@@ -158,6 +161,14 @@ def _leave_the_others(me: World) -> None:
 
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def _account(job: Job, home: Path, phase: str, device_s: float, say: Say) -> None:
+    """In the usage ledger, published or not: it was paid for."""
+    try:
+        note_training(home / "ledger", model=job.name, phase=phase, device_s=device_s)
+    except OSError as error:
+        say(f"the usage ledger cannot be written, so this is not in it: {error.strerror or error}")
 
 
 # --- 5 -------------------------------------------------------------------------------------------

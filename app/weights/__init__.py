@@ -8,7 +8,7 @@ from app.weights.manifest import BrokenWeights, Manifest, UnknownWeights
 from app.weights.publish import publish_folder, run_trial
 from app.weights.pull import DEFAULT_MODEL, pull_default
 from app.weights.registry import Moved, Problem, Registry, Row
-from app.weights.resolve import require_weights, resolve, resolve_adapter, sampling_defaults
+from app.weights.resolve import config_folder, require_weights, resolve, resolve_adapter, sampling_defaults
 from app.weights.shapes import check_shapes
 from app.weights.witness import Witness
 
@@ -30,6 +30,7 @@ __all__ = [
     "Witness",
     "check_shapes",
     "compare",
+    "config_folder",
     "digest_files",
     "files_that_matter",
     "fingerprint_of",

@@ -102,13 +102,24 @@ def _is_path(model: str) -> bool:
     return model.startswith((".", "~")) or "/" in model or os.sep in model
 
 
-def _folder_of(model: str, registry: Registry, report: Report) -> tuple[Path, str]:
+def config_folder(model: str, registry: Registry, report: Report) -> tuple[Path, str]:
+    """A folder that holds at least the `config.json` of `model`, and its name; from the hub nothing else is fetched.
+
+    Raises StartRefused.
+    """
+    if not _is_path(model) and registry.knows(model.partition("@")[0]):
+        manifest = registry.find(model)
+        return registry.check(manifest), manifest.name
+    return _folder_of(model, registry, report, files=["config.json"])
+
+
+def _folder_of(model: str, registry: Registry, report: Report, files: list[str] = _HUB_FILES) -> tuple[Path, str]:
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder.resolve(), folder.resolve().name
     hub = _HUB_ID.fullmatch(model)
     if hub and not model.startswith((".", "~")):
-        return _snapshot(hub["repo"], hub["revision"], report), model
+        return _snapshot(hub["repo"], hub["revision"], report, files), model
     if _is_path(model):
         raise StartRefused(f"{model!r}: there is no such folder")
     known = ", ".join(sorted({row.name for row in registry.list()})) or "none yet"
@@ -117,7 +128,7 @@ def _folder_of(model: str, registry: Registry, report: Report) -> tuple[Path, st
     )
 
 
-def _snapshot(repo: str, revision: str | None, report: Report) -> Path:
+def _snapshot(repo: str, revision: str | None, report: Report, files: list[str]) -> Path:
     """The files, from the hub or its cache here; `HF_TOKEN`, `HF_HOME`, `HF_HUB_OFFLINE` mean what they always do."""
     try:
         from huggingface_hub import snapshot_download
@@ -128,7 +139,7 @@ def _snapshot(repo: str, revision: str | None, report: Report) -> Path:
         disable_progress_bars()
     report(f"fetching {repo} from the hub (what is already here is not fetched again)")
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_NOT))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=files, ignore_patterns=_HUB_NOT))
     except Exception as exc:  # the hub's own errors, httpx's, OS errors: for the operator all of them are one thing
         why = next((line.strip() for line in str(exc).splitlines() if line.strip()), type(exc).__name__)
         raise StartRefused(

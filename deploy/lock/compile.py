@@ -26,6 +26,7 @@ HEADER = """\
 """
 CPU = ["--extra", "cpu", "--group", "torch-needs", "--excludes", str(LOCK / "cpu-excludes.txt")]
 GPU = ["--extra", "gpu"]
+DEV = ["--group", "dev", "--excludes", str(LOCK / "dev-excludes.txt")]
 TRAIN = ["--extra", "train", "--excludes", str(LOCK / "cpu-excludes.txt")]
 # What pyproject's [tool.uv] environments say already, as uv prints it.
 ALWAYS = (
@@ -58,7 +59,7 @@ def main() -> None:
         agreed.write_text("".join(f"{line(package)}\n" for package in both))
         train = new_in(resolve("train", [*TRAIN, "-c", str(agreed)], Path(scratch), upgrade), both)
         agreed.write_text("".join(f"{line(package)}\n" for package in (*both, *train)))
-        tools = new_in(resolve("dev", ["--group", "dev", "-c", str(agreed)], Path(scratch), upgrade), [*both, *train])
+        tools = new_in(resolve("dev", [*DEV, "-c", str(agreed)], Path(scratch), upgrade), [*both, *train])
         itself = resolve("uv", [], Path(scratch), upgrade=False)
 
     locks = {"cpu": cpu, "gpu": gpu, "train": train, "dev": tools, "uv": itself}

@@ -45,6 +45,7 @@ ROUTES = {
     "post /admin/models/reload",
     "post /admin/models/adapters",
     "delete /admin/models/adapters/{name}",
+    "get /admin/usage",
 }
 
 

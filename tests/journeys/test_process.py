@@ -404,6 +404,9 @@ COMMANDS = [
     ("finetune",),
     ("finetune", "run"),
     ("finetune", "check"),
+    ("usage",),
+    ("usage", "cost"),
+    ("usage", "export"),
 ]
 
 

@@ -22,6 +22,7 @@ from app.train import job as jobs
 from app.train.checkpoints import newest_whole, remove_broken, why_broken
 from app.train.config import Job
 from app.weights import Registry
+from tests.ledger.reading import records
 
 from .conftest import command, environment, losses, make_job, rows, write
 
@@ -179,6 +180,13 @@ def test_below_the_gate_nothing_is_published_unless_forced_and_then_it_is_record
     assert forced.settings["gate"]["forced"] is True
     assert forced.settings["gate"]["reasons"][0].startswith("held-out loss")
     assert registry.current("bot") == forced.digest
+    paid = sorted(records(tmp_path, kind="training"), key=lambda record: record.time)
+    assert [(record.weights, record.endpoint) for record in paid] == [
+        ("bot@", "train"),
+        ("bot@", "evaluate"),
+        ("bot@", "evaluate"),
+    ], "trained once, evaluated twice"
+    assert paid[0].device_s + paid[2].device_s == pytest.approx(forced.metrics["device_seconds"], abs=0.1)
 
 
 def test_a_loss_that_is_no_number_ends_the_job_and_nothing_is_published(tiny: Path, tmp_path: Path) -> None:
