@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from app.domain import Priority
 from app.errors import AppError, RedisDown, RoomError, StartRefused
 from app.ledger.cli import usage
 from app.plan.cli import mount as mount_plan
@@ -295,11 +296,14 @@ def cache_explain(
 def keys_create(
     tenant: Annotated[str, typer.Option(help="Whose key it is; tenants never see each other's answers.")],
     admin: Annotated[bool, typer.Option("--admin", help="May use /admin too.")] = False,
+    priority: Annotated[
+        Priority, typer.Option(help="Whether its calls go before others, or after them.")
+    ] = Priority.INTERACTIVE,
 ) -> None:
     """Make a key. It is shown once; only its hash is kept."""
     from app.gate.keys import KeyFile
 
-    secret, key = KeyFile(load().keys_path).create(tenant, admin=admin)
+    secret, key = KeyFile(load().keys_path).create(tenant, admin=admin, priority=priority)
     err.print(f"{key.id} for tenant {key.tenant}{' (admin)' if key.admin else ''}; the key is shown only now:")
     sys.stdout.write(f"{secret}\n")
 
@@ -312,12 +316,21 @@ def keys_list(as_json: Json = False) -> None:
     found = KeyFile(load().keys_path).read()
     if as_json:
         out.print_json(
-            data=[{"id": key.id, "tenant": key.tenant, "admin": key.admin, "created": key.created} for key in found]
+            data=[
+                {
+                    "id": key.id,
+                    "tenant": key.tenant,
+                    "admin": key.admin,
+                    "priority": key.priority.value,
+                    "created": key.created,
+                }
+                for key in found
+            ]
         )
         return
-    table = Table("id", "tenant", "admin", "created", box=None, pad_edge=False)
+    table = Table("id", "tenant", "admin", "priority", "created", box=None, pad_edge=False)
     for key in found:
-        table.add_row(key.id, key.tenant, "yes" if key.admin else "", _when(key.created))
+        table.add_row(key.id, key.tenant, "yes" if key.admin else "", key.priority.value, _when(key.created))
     out.print(table if found else "no keys: the server is open, on loopback only")
 
 

@@ -54,6 +54,13 @@ class Form(StrEnum):
     EVENTS = "events"
 
 
+class Priority(StrEnum):
+    """Whose calls go first: somebody waits for an interactive answer, and nobody in particular for a batch's."""
+
+    INTERACTIVE = "interactive"
+    BATCH = "batch"
+
+
 @dataclass(frozen=True, slots=True)
 class Caller:
     """Who asks. Without keys everybody on loopback is the tenant `default`."""
@@ -61,6 +68,7 @@ class Caller:
     tenant: str = "default"
     key_id: str | None = None
     is_admin: bool = False
+    priority: Priority = Priority.INTERACTIVE
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +83,15 @@ class Call:
     @property
     def is_streaming(self) -> bool:
         return self.body.get("stream") is True
+
+    @property
+    def priority(self) -> Priority:
+        """Its key's, or lower: by vLLM's `priority` (above 0 is later), or OpenAI's tier for work in bulk."""
+        number = self.body.get("priority")
+        is_lowered = isinstance(number, int | float) and number > 0
+        if is_lowered or self.body.get("service_tier") == "flex":
+            return Priority.BATCH
+        return self.caller.priority
 
     @property
     def wants_usage_event(self) -> bool:
@@ -92,6 +109,7 @@ class Timings:
     """
 
     cache_s: float | None = None
+    waited_s: float = 0.0  # for a turn at the engine; what the engine's own queue took is the next
     queue_s: float | None = None
     prefill_s: float | None = None
     decode_s: float | None = None

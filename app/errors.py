@@ -7,11 +7,12 @@ AppError                      has a public face: message · status · type · co
 │   ├─ Unauthenticated 401 · Forbidden 403 · UnknownModel 404 · NotFound 404
 │   ├─ BodyTimedOut 408 · BodyTooLarge 413 · NotJson 415
 │   ├─ StreamLost 410 · KeyReused 422
-│   └─ RateLimited 429
-├─ Busy         (503)         Draining, Loading: come back after `retry_after_s`
+│   └─ RateLimited 429        QueueShareUsed
+├─ Busy         (503)         Draining, Loading, QueueFull, DeadlineUnreachable: come back after `retry_after_s`
+├─ DeadlineExceeded (504)     the client's own, or the default one
 ├─ SwapFailed   (409)         other weights or an adapter could not be served: AdapterFailed
 ├─ NotCached    (504)         only-if-cached, and it is not
-└─ Broken       (5xx)         EngineFailed 500, EngineDown 503, EngineTimedOut 504
+└─ Broken       (5xx)         EngineFailed 500, EngineDown 503, Quarantined 503, EngineTimedOut 504
 RoomError                     never leaves its room: it is turned into behaviour at the door
 ```
 
@@ -145,6 +146,32 @@ class Loading(Busy):
     code = "engine_loading"
 
 
+class QueueFull(Busy):
+    """Raised when more waits for the engine than may: it is about the server, and another one may have room."""
+
+    code = "queue_full"
+
+
+class QueueShareUsed(RateLimited):
+    """Raised when a tenant has its share of the queue waiting already: it is about the tenant, others are served."""
+
+    code = "queue_share_used"
+
+
+class DeadlineUnreachable(Busy):
+    """Raised before a call is begun that would not be answered in time."""
+
+    code = "deadline_unreachable"
+
+
+class DeadlineExceeded(AppError):
+    """Raised when a client's time was up before its answer was complete."""
+
+    status = 504
+    type = "timeout_error"
+    code = "deadline_exceeded"
+
+
 class SwapFailed(AppError):
     """Raised when other weights were to be served and could not be: what was served before still is."""
 
@@ -187,6 +214,13 @@ class EngineDown(Broken):
 
     status = 503
     code = "engine_down"
+
+
+class Quarantined(Broken):
+    """Raised for a call that the engine died of, so that it does not die of it again."""
+
+    status = 503
+    code = "quarantined"
 
 
 class EngineTimedOut(Broken):

@@ -86,8 +86,8 @@ async def _in_pieces(content: bytes) -> AsyncGenerator[bytes, None]:
 def cut_to_measure(recording: Recording, shape: Shape, rule: Rule) -> Recording:
     """The recording as the engine would have answered a call of this shape."""
     if rule is Rule.CUT and shape.limit is not None and recording.counts is not None:
-        events = wire.shorten(wire.split(recording.content()), recording.counts, shape.limit)
-        head, usage, tail = wire.split_usage(Endpoint.CHAT, events)
+        events = wire.shorten(shape.endpoint, wire.split(recording.content()), recording.counts, shape.limit)
+        head, usage, tail = wire.split_usage(shape.endpoint, events)
         return recording.with_content(Form.EVENTS, head, usage, tail, completion_tokens=shape.limit)
     if rule is Rule.FEWER:
         document = _body_of(recording)
@@ -179,6 +179,7 @@ def made(
         n=shape.n,
         logprobs=shape.logprobs,
         ended=wire.ended_by_itself(call.endpoint, document),
+        most=document.get("max_output_tokens"),
     )
 
 

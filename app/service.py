@@ -4,7 +4,8 @@
 1. plan      for which weights is it? is its answer anybody else's too?           serving, cache.key, cache.policy
 2. recall    an answer that was given before                                     cache.store, forms
 3. board     a generation of this very answer that is under way, or begin one    flight
-4. wait      while weights are swapped, and for an engine that still loads       serving, engine.state
+4. wait      while weights are swapped, for an engine that still loads,          serving, engine.state,
+             and for a turn at it, or hear at once that there is no room         admission
 5. generate  the engine's answer, live                                           engine
 6. record    if it ended well, and before its clients see the end                cache.store
 ```
@@ -25,6 +26,7 @@ from hashlib import sha256
 from typing import Any
 
 from app import forms, wire
+from app.admission import Admission, Turn
 from app.cache import reuse
 from app.cache.explain import Explanation, explain
 from app.cache.key import cache_key, is_deterministic, why_uncacheable
@@ -90,6 +92,7 @@ class Boarding:
     status: CacheStatus
     weights: str
     key: str | None
+    model: str
     alone: Callable[[], Awaitable[Reply]] | None = None
     instead: Callable[[AppError], Awaitable[Reply]] | None = None
 
@@ -101,16 +104,17 @@ class Boarding:
         """Raises AppError: refused or broken before there was anything to send."""
         try:
             answer = await self.ride.answer()
-        except Incomplete:  # the shared stream has no body in it (a tool's input that was cut short)
+        except Incomplete:  # the shared stream has no body in it: a tool's input cut short, or too much to be held
             if self.alone is None:
                 raise
+            self.ride.seat.leave()
             return await self.alone()
         except AppError as error:
             if self.instead is None:
                 raise
             return await self.instead(error)
         status = self.status if self.ride.seat.flight.is_led_here else CacheStatus.SHARED
-        metrics.child(metrics.calls, self.endpoint.label, status.value).inc()
+        metrics.child(metrics.calls, self.endpoint.label, status.value, self.model).inc()
         return Reply(answer, status, self.weights, self.key, stream_id=self.ride.stream_id)
 
 
@@ -133,6 +137,7 @@ class Service:
         self.flights = flights
         self.claims = flights.claims
         self._refusals = Refusals(settings.cache_negative_s)
+        self.admission = Admission(settings)
         self.is_draining = False
         self._open = asyncio.Event()
         self._open.set()
@@ -172,7 +177,7 @@ class Service:
         weights = serving.weights
         reason = self._why_bypass(call, weights, directives)
         if reason is not None:
-            metrics.bypasses.labels(reason).inc()
+            metrics.child(metrics.bypasses, call.endpoint.label, weights.name, reason).inc()
             return Plan(serving, None, Shape(), False, False, directives, reason)
         relaxed, shape = reuse.family(call)
         key = cache_key(relaxed, weights, tenant=self._scope(call.caller))
@@ -329,7 +334,8 @@ class Service:
 
     def _reply(self, call: Call, plan: Plan, held: Held, status: CacheStatus, answer: Answer) -> Reply:
         found = held.recording
-        metrics.hits.add(call.endpoint.label, status.value, found.prompt_tokens, found.completion_tokens, found.seconds)
+        model, tokens = plan.serving.weights.name, (found.prompt_tokens, found.completion_tokens)
+        metrics.hits.add(call.endpoint.label, status.value, model, *tokens, found.seconds)
         return Reply(answer, status, found.weights, plan.slot.key if plan.slot else None, int(age_s(found)))
 
     def _stale_s(self, plan: Plan, age: float) -> float:
@@ -345,7 +351,8 @@ class Service:
     def _refresh(self, call: Call, plan: Plan) -> None:
         metrics.refreshed.inc()
         anew = replace(plan, directives=replace(plan.directives, max_age_s=self._settings.cache_ttl_s))
-        self.flights.launch(self._ticket(call, plan), lambda flight: self._flown(call, anew, flight))
+        later = replace(call, body=call.body | {"priority": 1})  # nobody waits for it
+        self.flights.launch(self._ticket(call, plan), lambda flight: self._flown(later, anew, flight))
 
     async def _instead(self, call: Call, plan: Plan, error: AppError) -> Reply:
         """A recording past its time, where generating anew failed. Raises the error where there is none."""
@@ -374,24 +381,34 @@ class Service:
 
     @asynccontextmanager
     async def aboard(
-        self, call: Call, plan: Plan, *, looked_s: float, position: Position | None = None
+        self,
+        call: Call,
+        plan: Plan,
+        *,
+        looked_s: float,
+        position: Position | None = None,
+        within_s: float | None = None,
     ) -> AsyncIterator[Boarding]:
         """A seat on the flight that answers this call; leaving the context gives it up.
 
-        `looked_s` went into `recall`. With a position the client comes back to a stream that it lost.
+        `looked_s` went into `recall`. With a position the client comes back to a stream that it lost. `within_s` is all
+        the time that its client has; to keep it is the caller's.
 
         Raises:
             StreamLost: its stream is gone, and generating again would not give the same.
+            DeadlineUnreachable: it would have to be generated, and that would take longer.
         """
         timings = Timings(cache_s=looked_s)
         if position is not None:
-            async with self.flights.resume(position, self._owned_by(call.caller)) as seat:
+            owners = self._owned_by(call.caller)
+            async with self.flights.resume(position, owners, here_alone=plan.is_shared) as seat:
                 if seat is not None:
                     metrics.child(metrics.resumed, "flight").inc()
                     ride = Ride(seat, True, position.wants_usage, call.body, timings)
                     key = plan.slot.key if plan.slot else None
+                    model = plan.serving.weights.name
                     with ride.paid():
-                        yield Boarding(ride, CacheStatus.SHARED, seat.flight.ticket.weights, key)
+                        yield Boarding(ride, CacheStatus.SHARED, seat.flight.ticket.weights, key, model)
                     return
             if not plan.is_shared:
                 raise lost()
@@ -400,6 +417,8 @@ class Service:
         ticket = self._ticket(call, plan)
         if ticket.is_shared:
             self._refusals.check(f"{ticket.key} {ticket.is_stream}")
+        if within_s is not None and not self.flights.flies(ticket):
+            self.admission.check_deadline(call, plan.serving.weights.max_model_len, within_s)
         with self.flights.board(
             ticket,
             lambda flight: self._flown(call, plan, flight),
@@ -408,6 +427,8 @@ class Service:
         ) as seat:
             if seat.is_first and seat.flight.pilot is not None:
                 plan.serving.hold_until(seat.flight.pilot)
+            elif not seat.is_first:
+                self.admission.hasten(seat.flight.uid, call)
             wants_usage = position.wants_usage if position else call.wants_usage_event
             ride = Ride(seat, call.is_streaming, wants_usage, call.body, timings)
             status = plan.status if seat.is_first else CacheStatus.SHARED
@@ -417,11 +438,14 @@ class Service:
                     status,
                     plan.serving.weights.short,
                     plan.slot.key if plan.slot else None,
+                    model=plan.serving.weights.name,
                     alone=lambda: self._alone(call, plan),
                     instead=lambda error: self._instead(call, plan, error),
                 )
             if seat.flight.is_finished and not (seat.is_first and seat.flight.is_led_here):
-                metrics.hits.save(seat.flight.timings.prompt_tokens or 0, seat.flight.timings.completion_tokens or 0)
+                timings = seat.flight.timings
+                saved = (timings.prompt_tokens or 0, timings.completion_tokens or 0)
+                metrics.hits.save(plan.serving.weights.name, *saved)
 
     @asynccontextmanager
     async def back_aboard(self, position: Position | None, caller: Caller) -> AsyncIterator[Boarding]:
@@ -433,8 +457,9 @@ class Service:
                 raise NotFound("there is no such stream any more; ask again")
             metrics.child(metrics.resumed, "flight").inc()
             ride = Ride(seat, True, position.wants_usage, {}, Timings())
+            weights = seat.flight.ticket.weights
             with ride.paid():
-                yield Boarding(ride, CacheStatus.SHARED, seat.flight.ticket.weights, None)
+                yield Boarding(ride, CacheStatus.SHARED, weights, None, self.catalog.called(weights.rpartition("@")[0]))
 
     async def _alone(self, call: Call, plan: Plan) -> Reply:
         """A body generated for this call by itself. Raises AppError."""
@@ -490,7 +515,7 @@ class Service:
                 async for event in events:
                     yield event
         except BadCall as error:  # the same call will not be better in a moment
-            if flight.ticket.is_shared and not flight.events:
+            if flight.ticket.is_shared and not flight.said:
                 self._refusals.remember(f"{flight.ticket.key} {flight.is_stream}", error)
             raise
 
@@ -499,10 +524,11 @@ class Service:
     ) -> AsyncGenerator[bytes, None]:
         began, engine = time.perf_counter(), plan.serving.engine
         await engine.state.ready(self._settings.loading_wait_s)
-        with metrics.in_flight.track_inprogress(), plan.serving.hold():
+        async with self._in_turn(call, plan, flight) as turn:
             is_counted = plan.may_write and forms.counts_choices(call, plan.shape, is_stream=flight.is_stream)
             asked = forms.in_engine_form(call, is_stream=flight.is_stream)
             flight.timings = Timings(device_s=flight.timings.device_s, paid_s=flight.timings.paid_s)
+            turn.watch(flight.timings)
             answer = await engine.answer(forms.asking_for_token_ids(asked) if is_counted else asked, flight.timings)
             if answer.body is not None:
                 body, choice_tokens = forms.without_token_ids(answer.body) if is_counted else (answer.body, None)
@@ -513,10 +539,21 @@ class Service:
             assert answer.events is not None  # noqa: S101 - an answer has one form or the other
             async with aclosing(answer.events) as events:  # type: ignore[type-var]
                 async for event in events:
+                    turn.said()
                     kept.add(event, answer.timings.streamed_tokens)
                     if wire.is_last(call.endpoint, event):
                         await self._record_events(call, plan, flight, standing, kept, began)
                     yield event
+
+    @asynccontextmanager
+    async def _in_turn(self, call: Call, plan: Plan, flight: Flight) -> AsyncIterator[Turn]:
+        """A place in the engine, which must be one that answers by then. Raises AppError."""
+        engine, context = plan.serving.engine, plan.serving.weights.max_model_len
+        with metrics.in_flight.track_inprogress(), plan.serving.hold():
+            async with self.admission.turn(call, engine, context, flight.uid) as turn:
+                if engine.state.phase is Phase.LOADING:  # it died while this call waited for it
+                    await engine.state.ready(self._settings.loading_wait_s)
+                yield turn
 
     async def _record_body(
         self,
@@ -555,7 +592,8 @@ class Service:
         parts = wire.split_usage(call.endpoint, kept.events)
         recording = self._recording(call, plan, Form.EVENTS, document, parts, began)
         is_counted = plan.shape.is_cuttable and kept.counts[-1] == recording.completion_tokens
-        recording = recording.counting(counts=kept.counts if is_counted else None, body=wire.dump(document))
+        counts = wire.boundaries(call.endpoint, kept.events, kept.counts) if is_counted else None
+        recording = recording.counting(counts=counts, body=wire.dump(document))
         await self._keep(call, plan, standing, recording)
 
     def _recording(
@@ -594,7 +632,7 @@ def _fitted(held: Held, plan: Plan) -> Held | None:
         rule = reuse.rule(held.recording, shape, plan.serving.weights.max_model_len)
         if rule is None or rule is Rule.SAME or rule is Rule.ENDED:
             return (rule, None), 0
-        cut = Held(forms.cut_to_measure(held.recording, shape, rule))
+        cut = held.part(forms.cut_to_measure(held.recording, shape, rule))
         return (rule, cut), cut.size_bytes
 
     rule, cut = held.replay(shape, fit)

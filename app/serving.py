@@ -78,6 +78,11 @@ class Catalog:
             return self.base
         return self.adapters.get(model)
 
+    def called(self, model: str) -> str:
+        """The name, for a metric: one that is served here, whatever another server may call its weights."""
+        serving = self.of(model)
+        return serving.weights.name if serving else "other"
+
     @property
     def names(self) -> list[str]:
         return [self.base.weights.name, *self.adapters]

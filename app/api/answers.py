@@ -15,18 +15,19 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any, NamedTuple
 
-from cachetools import LRUCache
 from starlette.types import Receive, Scope, Send
 
 from app import wire
 from app.api.body import is_json, parse, read
+from app.api.deadline import time_left
 from app.cache.policy import directives
 from app.domain import CacheStatus, Call, Caller, Endpoint, Reply, Timings
-from app.errors import AppError, BadCall, Broken, Draining, EngineFailed, UnknownModel
+from app.errors import AppError, BadCall, Broken, DeadlineExceeded, Draining, EngineFailed, UnknownModel
 from app.flight.names import Position, position
 from app.gate.keys import Gate
 from app.ledger.record import Record
 from app.observe import logs, metrics
+from app.observe.bounded import Recent
 from app.service import Boarding, Plan, Service
 from app.serving import Catalog
 from app.settings import Settings
@@ -81,7 +82,7 @@ class AnswerRoute:
         self._gate = gate
         self._settings = settings
         self._text_bytes = settings.ledger_text_bytes
-        self._memo: LRUCache[_Question, _Understood] = LRUCache(MEMO_BYTES, lambda known: known.memory_bytes)
+        self._memo: Recent[_Question, _Understood] = Recent("calls", MEMO_BYTES, lambda known: known.memory_bytes)
         self._memo_of = service.catalog
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -107,8 +108,13 @@ class AnswerRoute:
             record.note_answer(status.value, reply.weights, timings)
             await _send(reply, send)
         else:
-            aboard = self._service.aboard(call, plan, looked_s=time.perf_counter() - looking, position=came_back)
-            status, timings = await answer_aboard(aboard, call.endpoint, self._settings, receive, send, record)
+            within_s = time_left(headers.get(b"x-request-timeout"), self._settings, time.perf_counter() - began)
+            aboard = self._service.aboard(
+                call, plan, looked_s=time.perf_counter() - looking, position=came_back, within_s=within_s
+            )
+            status, timings = await answer_aboard(
+                aboard, call.endpoint, self._settings, receive, send, record, within_s
+            )
         _tell(fields, status, timings, time.perf_counter() - began)
 
     def at_once(
@@ -238,17 +244,22 @@ async def answer_aboard(
     receive: Receive,
     send: Send,
     record: Record,
+    within_s: float | None = None,
 ) -> tuple[CacheStatus, Timings]:
     """Answer a client with the flight that it is on, while it is there. Raises what it raises, before the first byte.
 
     `endpoint` is known beforehand where the client made the call, and not where it only comes back to it. What came
-    of it is noted in `record`, however it ends.
+    of it is noted in `record`, however it ends. After `within_s` its time is up: it leaves the flight, which goes on
+    only where somebody else wants it.
     """
     stream = _Stream(send, settings.keep_alive_s, endpoint, record)
     work = asyncio.create_task(_answer(aboard, stream, send), name="answer")
     gone = asyncio.create_task(_gone(receive), name="client-gone")
     try:
-        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait({work, gone}, timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            await _stop_late(work, stream)
+            return stream.status, Timings()
         if not work.done():
             metrics.left.inc()
             record.finish = "left"
@@ -268,6 +279,17 @@ async def answer_aboard(
             task.cancel()
         await asyncio.wait({work, gone})
         stream.note()
+
+
+async def _stop_late(work: asyncio.Task[Timings], stream: _Stream) -> None:
+    """Leave the flight, which frees the engine, and then say so. Raises DeadlineExceeded where nothing was sent yet."""
+    metrics.deadlines_missed.inc()
+    work.cancel()
+    await asyncio.wait({work})
+    late = DeadlineExceeded("the time for this call was up before its answer was complete")
+    if not stream.started:
+        raise late
+    await stream.fail(late)
 
 
 async def _answer(aboard: AbstractAsyncContextManager[Boarding], stream: _Stream, send: Send) -> Timings:
@@ -482,7 +504,7 @@ def _phases(timings: Timings) -> list[tuple[str, float]]:
         return [] if timings.cache_s is None else [("cache", timings.cache_s)]
     phases = (
         ("cache", timings.cache_s),
-        ("queue", timings.queue_s),
+        ("queue", timings.queue_s + timings.waited_s),
         ("prefill", timings.prefill_s),
         ("decode", timings.decode_s),
     )

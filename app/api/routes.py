@@ -154,6 +154,8 @@ def _mount_health(
             "model": service.weights.short,
             "redis": "up" if service.store.link.is_up else "down",
         }
+        if state.quarantined:
+            told["quarantined"] = state.quarantined
         if swapper.last is not None and swapper.last.status in ("running", "failed"):
             told["swap"] = swapper.last.told()
         # While a swap holds calls there is no engine, and none is needed: they are answered all the same.
@@ -166,7 +168,9 @@ def _mount_health(
     @app.get("/metrics")
     async def prometheus() -> Response:
         metrics.engine_ready.set(service.engine.state.phase is Phase.READY)
+        service.admission.tell()
         metrics.engine_restarts.set(service.engine.state.restarts)
+        metrics.engine_quarantined.set(service.engine.state.quarantined)
         metrics.device_seconds.labels("busy").set(service.engine.meter.busy_s)
         metrics.device_seconds.labels("idle").set(service.engine.meter.idle_s)
         return Response(metrics.exposition(await counted_elsewhere()), media_type=CONTENT_TYPE_LATEST)

@@ -18,9 +18,13 @@ from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
 from redis.exceptions import (
     AuthenticationError,
+    ChildDeadlockedError,
+    ClusterDownError,
+    IncorrectPolicyType,
     MaxConnectionsError,
     NoPermissionError,
     ReadOnlyError,
+    RedisClusterException,
     RedisError,
     ResponseError,
 )
@@ -34,8 +38,10 @@ log = logging.getLogger(__name__)
 PROBE_EVERY_S = 0.5
 MAX_CONNECTIONS = 64
 
+# All that redis-py and the system raise; some of redis-py's own are no RedisErrors.
+FAILURES = (RedisError, RedisClusterException, ChildDeadlockedError, IncorrectPolicyType, OSError)
 # What says "the server cannot serve us now", as against "this question was wrong for this key".
-_DOWN = (AuthenticationError, NoPermissionError, ReadOnlyError)
+_DOWN = (AuthenticationError, NoPermissionError, ReadOnlyError, ClusterDownError)
 # Errors of a server that is up and refuses all the same: full, loading, in a failover.
 _REFUSALS = ("OOM", "LOADING", "MISCONF", "MASTERDOWN", "CLUSTERDOWN", "NOREPLICAS", "BUSY", "UNBLOCKED")
 
@@ -74,7 +80,7 @@ class Link:
                 self._went_down(error)
                 raise RedisDown(self._where) from error
             raise
-        except (RedisError, OSError) as error:  # our deadline's TimeoutError is an OSError
+        except FAILURES as error:  # our deadline's TimeoutError is an OSError
             self._went_down(error)
             raise RedisDown(self._where) from error
 
@@ -96,7 +102,7 @@ class Link:
         if self._probe:
             self._probe.cancel()
             await asyncio.gather(self._probe, return_exceptions=True)
-        with contextlib.suppress(RedisError, OSError):
+        with contextlib.suppress(*FAILURES):
             async with asyncio.timeout(self._settings.redis_timeout_s):
                 await self.client.aclose()
 
@@ -115,7 +121,7 @@ class Link:
         while True:
             await asyncio.sleep(PROBE_EVERY_S)
             # A write, since a full or read-only server still answers PING.
-            with contextlib.suppress(RedisError, OSError):
+            with contextlib.suppress(*FAILURES):
                 async with asyncio.timeout(self._settings.redis_timeout_s):
                     await self.client.set(f"{self._settings.redis_namespace}:probe", b"1", px=1000)
                 self._up = True

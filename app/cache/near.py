@@ -8,6 +8,7 @@ has changed.
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
@@ -21,6 +22,8 @@ _R = TypeVar("_R")
 
 # An entry costs its bytes and about this much for the objects around them.
 _OVERHEAD_BYTES = 1500
+# What a number in a list takes.
+_COUNT_BYTES = 36
 # A larger entry than this share would push out too many others.
 _LARGEST_SHARE = 16
 
@@ -28,13 +31,15 @@ _LARGEST_SHARE = 16
 class Held:
     """A recording in this process, with the replays that were made of it: each is made once."""
 
-    __slots__ = ("_on_growth", "_replays", "recording", "size_bytes")
+    __slots__ = ("__weakref__", "_on_growth", "_replays", "_whole", "recording", "size_bytes")
 
     def __init__(self, recording: Recording) -> None:
         self.recording = recording
-        self.size_bytes = _OVERHEAD_BYTES + len(recording.head) + len(recording.usage) + len(recording.tail)
+        parts = (recording.head, recording.usage, recording.tail, recording.body)
+        self.size_bytes = _OVERHEAD_BYTES + sum(map(len, parts)) + _COUNT_BYTES * len(recording.counts or ())
         self._replays: dict[Any, Any] = {}
         self._on_growth: Callable[[], None] | None = None
+        self._whole: weakref.ref[Held] | None = None
 
     def replay(self, which: Any, make: Callable[[], tuple[_R, int]]) -> _R:
         """The replay called `which`; `make` gives it and its size in bytes."""
@@ -42,10 +47,21 @@ class Held:
         if found is None:
             found, size_bytes = make()
             self._replays[which] = found
-            self.size_bytes += size_bytes
-            if self._on_growth:
-                self._on_growth()
+            self._grow(size_bytes)
         return cast(_R, found)
+
+    def part(self, recording: Recording) -> Held:
+        """Another recording made of this one, which is held with it: what it grows by, this grows by."""
+        part = Held(recording)
+        part._whole = weakref.ref(self)
+        return part
+
+    def _grow(self, size_bytes: int) -> None:
+        self.size_bytes += size_bytes
+        if self._whole is not None and (whole := self._whole()) is not None:
+            whole._grow(size_bytes)
+        if self._on_growth:
+            self._on_growth()
 
 
 class _Bounded(LRUCache[str, Held]):
@@ -135,6 +151,8 @@ class Near:
         def remeasure() -> None:
             if self._kept.pop(key, None) is held:
                 self._put(key, held)
+                if held.size_bytes > self._largest:
+                    metrics.near_evicted.inc()
 
         if held.size_bytes <= self._largest:
             held._on_growth = remeasure

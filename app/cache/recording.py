@@ -1,28 +1,25 @@
 """A recording: one complete, successful answer in its wire form, and its bytes in Redis.
 
 ```
-"RFR2" · flags (1 byte, bit 0: zstd) · BLAKE2b-128 over key, flags and content · content
+"RFR2" · flags (1 byte, bit 0: zstd) · content, closed under key and flags (`seal.py`)
 ```
-The tag covers the key, so a value that was cut short, bit-flipped, written by somebody else, or moved
-to another key does not open. With `cache_secret` the digest is keyed (a MAC): what others wrote does not open.
+A value that was cut short, bit-flipped, written by somebody else, or moved to another key does not open.
 Content is a msgpack array, compressed above a size.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 from typing import Final
 
 import msgspec
 import zstandard
 
+from app.cache.seal import NotOurs, Purpose, Seal
 from app.domain import Form
 from app.errors import BrokenRecording
 
 MAGIC: Final = b"RFR2"
-TAG_BYTES: Final = 16
-_HEADER_BYTES: Final = len(MAGIC) + 1 + TAG_BYTES
+_HEADER_BYTES: Final = len(MAGIC) + 1
 _ZSTD: Final = 1
 # A recording that says it unpacks to more than this was not written by us.
 _MAX_UNPACKED_BYTES: Final = 256 * 2**20
@@ -37,8 +34,9 @@ class Recording(msgspec.Struct, frozen=True, array_like=True):
     whose answer it is. Times are unix seconds.
 
     The rest is what tells which other calls it serves (`reuse.py`): the shape of the call that it was made for,
-    whether it `ended` by itself, the tokens generated up to each event (`counts`) and in each choice. `body` is what
-    the events fold into, since to fold them again would double the time of a hit.
+    whether it `ended` by itself, the tokens generated up to each event that it can be cut at (`counts`; 0 elsewhere)
+    and in each choice, and `most`, the limit that the engine went by, where its answer tells it. `body` is what the
+    events fold into, since to fold them again would double the time of a hit.
     """
 
     form: Form
@@ -60,6 +58,7 @@ class Recording(msgspec.Struct, frozen=True, array_like=True):
     counts: list[int] | None = None
     body: bytes = b""
     choice_tokens: list[int] | None = None
+    most: int | None = None
 
     def content(self, *, with_usage: bool = True) -> bytes:
         return self.head + self.usage + self.tail if with_usage else self.head + self.tail
@@ -81,29 +80,37 @@ _compressor = zstandard.ZstdCompressor(level=3)
 _decompressor = zstandard.ZstdDecompressor()
 
 
-def pack(recording: Recording, key: str, *, compress_above_bytes: int, secret: bytes = b"") -> bytes:
-    """The value for Redis; with a secret nobody without it can make another."""
+UNSIGNED: Final = Seal(Purpose.RECORD)
+
+
+def pack(recording: Recording, key: str, *, compress_above_bytes: int, seal: Seal = UNSIGNED) -> bytes:
+    """The value for Redis."""
     content, flags = _encoder.encode(recording), 0
     if len(content) > compress_above_bytes:
         content, flags = _compressor.compress(content), _ZSTD
-    return MAGIC + bytes((flags,)) + _tag(key, flags, content, secret) + content
+    return MAGIC + bytes((flags,)) + seal.close(content, _name(key, flags))
 
 
-def unpack(value: bytes, key: str, *, secret: bytes = b"") -> Recording:
-    """The recording that `pack` wrote for this key with this secret.
+def unpack(value: bytes, key: str, *, seal: Seal = UNSIGNED) -> Recording:
+    """The recording that `pack` wrote for this key with such a seal.
 
     Raises:
         BrokenRecording: anything else.
     """
     if len(value) < _HEADER_BYTES or not value.startswith(MAGIC):
         raise BrokenRecording("foreign")
-    flags, tag, content = value[4], value[5:_HEADER_BYTES], value[_HEADER_BYTES:]
-    if not hmac.compare_digest(tag, _tag(key, flags, content, secret)):
-        raise BrokenRecording("corrupt")
+    flags = value[4]
     try:
+        content = seal.open(value[_HEADER_BYTES:], _name(key, flags))
         return _decoder.decode(_decompressed(content) if flags & _ZSTD else content)
+    except NotOurs:
+        raise BrokenRecording("corrupt") from None
     except (ValueError, zstandard.ZstdError, MemoryError) as error:  # msgspec's errors, and bad UTF-8, are ValueErrors
         raise BrokenRecording("unreadable") from error
+
+
+def _name(key: str, flags: int) -> bytes:
+    return key.encode() + bytes((flags,))
 
 
 def _decompressed(content: bytes) -> bytes:
@@ -111,10 +118,3 @@ def _decompressed(content: bytes) -> bytes:
     if not 0 <= zstandard.frame_content_size(content) <= _MAX_UNPACKED_BYTES:
         raise BrokenRecording("unreadable")
     return _decompressor.decompress(content)
-
-
-def _tag(key: str, flags: int, content: bytes, secret: bytes = b"") -> bytes:
-    digest = hashlib.blake2b(key.encode(), digest_size=TAG_BYTES, key=secret, person=b"refrain.record")
-    digest.update(bytes((flags,)))
-    digest.update(content)
-    return digest.digest()

@@ -15,10 +15,21 @@ from app.cache.recording import Recording
 from app.domain import Call, Endpoint
 
 # With these fields alone the stream of an answer folds into the very body that the engine would give.
-_PLAIN = frozenset(
-    "model messages prompt temperature top_p top_k min_p seed max_tokens max_completion_tokens stop presence_penalty "
-    "frequency_penalty repetition_penalty logit_bias user metadata stream stream_options n".split()
+_SAMPLING = (
+    "model temperature top_p top_k min_p seed stop presence_penalty frequency_penalty repetition_penalty logit_bias "
+    "user metadata stream "
 )
+_CHUNKED = f"{_SAMPLING} messages prompt max_tokens max_completion_tokens stream_options n"
+_PLAIN = {
+    endpoint: frozenset(names.split())
+    for endpoint, names in (
+        (Endpoint.CHAT, _CHUNKED),
+        (Endpoint.COMPLETIONS, _CHUNKED),
+        (Endpoint.MESSAGES, f"{_SAMPLING} messages system max_tokens stop_sequences"),
+        (Endpoint.RESPONSES, f"{_SAMPLING} input instructions max_output_tokens store"),
+    )
+}
+_STOPS = ("stop", "stop_sequences")
 _COMPLETIONS_LIMIT = 16  # what vLLM makes of an absent `max_tokens` there
 _MOST_CHOICES = 128
 
@@ -40,6 +51,7 @@ class Shape:
     n: int = 1
     logprobs: int | None = None
     is_cuttable: bool = False
+    endpoint: Endpoint = Endpoint.CHAT
 
     def key(self, family: str) -> str:
         """The key of calls of just this shape."""
@@ -51,24 +63,22 @@ class Shape:
 def reads_the_same_streamed(call: Call) -> bool:
     """Whether a call without `stream` may be generated as a stream: one plain text, of one prompt."""
     body = call.body
-    if call.endpoint not in (Endpoint.CHAT, Endpoint.COMPLETIONS) or not body.keys() <= _PLAIN:
+    if not body.keys() <= _PLAIN.get(call.endpoint, frozenset()) or body.get("n") not in (None, 1):
         return False
-    if body.get("n") not in (None, 1):
-        return False
-    return call.endpoint is Endpoint.CHAT or isinstance(body.get("prompt"), str)
+    return call.endpoint is not Endpoint.COMPLETIONS or isinstance(body.get("prompt"), str)
 
 
 def family(call: Call) -> tuple[Call, Shape]:
     """The call without what its shape says; the call itself, and a shape that says nothing, where that is not sure."""
     body = call.body
-    if call.endpoint not in (Endpoint.CHAT, Endpoint.COMPLETIONS, Endpoint.MESSAGES) or body.get("use_beam_search"):
+    if call.endpoint is Endpoint.EMBEDDINGS or body.get("use_beam_search") or _cuts_its_prompt(call):
         return call, Shape()
-    limit, n, logprobs = _limit(call), body.get("n", 1), None
-    left_out = {"max_tokens", "max_completion_tokens"}
+    limit, n, logprobs = _limit(call), 1, None
+    left_out = {"max_output_tokens"} if call.endpoint is Endpoint.RESPONSES else {"max_tokens", "max_completion_tokens"}
     if limit is not None and (type(limit) is not int or limit < 1):
         return call, Shape()
-    if call.endpoint is not Endpoint.MESSAGES:
-        n = 1 if n is None else n
+    if call.endpoint in (Endpoint.CHAT, Endpoint.COMPLETIONS):
+        n = 1 if body.get("n") is None else body["n"]
         if type(n) is not int or not 1 <= n <= _MOST_CHOICES:
             return call, Shape()
         left_out.add("n")
@@ -79,14 +89,19 @@ def family(call: Call) -> tuple[Call, Shape]:
         if asked or not top:  # `top_logprobs` without `logprobs` is refused, and not ours to hide
             logprobs = (top or 0) if asked else None
             left_out |= {"logprobs", "top_logprobs"}
-    is_cuttable = reads_the_same_streamed(call) and not body.get("stop")
+    is_cuttable = reads_the_same_streamed(call) and not any(body.get(name) for name in _STOPS)
     body = {name: value for name, value in body.items() if name not in left_out}
-    return replace(call, body=body), Shape(
-        limit, n if call.endpoint is not Endpoint.MESSAGES else 1, logprobs, is_cuttable
-    )
+    return replace(call, body=body), Shape(limit, n, logprobs, is_cuttable, call.endpoint)
+
+
+def _cuts_its_prompt(call: Call) -> bool:
+    """Whether the prompt itself depends on the limit: to truncate it, room for the answer is set aside first."""
+    return call.endpoint is Endpoint.RESPONSES and call.body.get("truncation", "disabled") != "disabled"
 
 
 def _limit(call: Call) -> object:
+    if call.endpoint is Endpoint.RESPONSES:
+        return call.body.get("max_output_tokens")
     if call.endpoint is Endpoint.CHAT and call.body.get("max_completion_tokens") is not None:
         return call.body["max_completion_tokens"]
     given = call.body.get("max_tokens")
@@ -101,7 +116,7 @@ def rule(recording: Recording, shape: Shape, max_model_len: int | None) -> Rule 
         return None
     if recording.n != shape.n and (recording.n < shape.n or recording.choice_tokens is None):
         return None
-    if recording.limit == shape.limit or _ended_within(recording, shape.limit, max_model_len):
+    if recording.limit == shape.limit or _ended_within(recording, shape, max_model_len):
         same = (recording.n, recording.logprobs) == (shape.n, shape.logprobs)
         return (Rule.SAME if recording.limit == shape.limit else Rule.ENDED) if same else Rule.FEWER
     is_cut_here = shape.is_cuttable and recording.n == 1 and recording.logprobs is None
@@ -110,10 +125,15 @@ def rule(recording: Recording, shape: Shape, max_model_len: int | None) -> Rule 
     return None
 
 
-def _ended_within(recording: Recording, limit: int | None, max_model_len: int | None) -> bool:
+def _ended_within(recording: Recording, shape: Shape, max_model_len: int | None) -> bool:
     """Whether the answer ended by itself and would have under this limit too: the limit alone ends nothing earlier."""
+    limit = shape.limit
     if not recording.ended:
         return False
+    if shape.endpoint is Endpoint.RESPONSES:  # they repeat their limit, and none is told as what the model has room for
+        return (
+            limit is not None and recording.most is not None and recording.completion_tokens <= limit <= recording.most
+        )
     if limit is None:
         return True
     # With several choices the longest is not known, only that none is longer than all of them together.
@@ -130,5 +150,7 @@ def covers(new: Recording, old: Recording) -> bool:
     if (new.limit, new.n, new.logprobs) == (old.limit, old.n, old.logprobs):
         return True
     if old.n > new.n or (old.logprobs is not None and new.logprobs is None):
+        return False
+    if old.most is not None and (new.most is None or new.most < old.most or old.limit is None):
         return False
     return new.ended or (not old.ended and bool(new.counts) and new.completion_tokens >= old.completion_tokens)

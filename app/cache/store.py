@@ -17,6 +17,7 @@ from redis.exceptions import ResponseError
 from app.cache.link import Link
 from app.cache.near import Held, Near
 from app.cache.recording import Recording, pack, unpack
+from app.cache.seal import Purpose, Seal
 from app.cache.tracking import Tracking
 from app.errors import BrokenRecording, RedisDown
 from app.observe import metrics
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 
 TTL_JITTER = 0.1  # entries written together should not all expire together
 SCAN_COUNT = 500
+MEASURE_EVERY_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +60,9 @@ class Store:
         self._settings = settings
         self._namespace = settings.redis_namespace
         self.link = link
-        self._secret = settings.cache_secret.get_secret_value().encode() if settings.cache_secret else b""
+        self._seal = Seal(Purpose.RECORD, settings.cache_secrets, encrypts=settings.cache_encrypt)
         self._near = Near(settings.cache_near_mib * 2**20)
-        self._lookups = _Lookups(link, self._near, self._secret, one_by_one=settings.redis_cluster)
+        self._lookups = _Lookups(link, self._near, self._seal, one_by_one=settings.redis_cluster)
 
     @contextlib.asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
@@ -69,7 +71,18 @@ class Store:
             # A Cluster tells of changes node by node; there every hit asks.
             if self._settings.cache_near_mib and not self._settings.redis_cluster:
                 await stack.enter_async_context(Tracking(self.link, self._near, f"{self._namespace}:answer:"))
+            if self._settings.redis_url is None:  # anybody else's server may forbid INFO, and has an exporter
+                measuring = asyncio.create_task(self._measure(), name="redis-memory")
+                stack.callback(measuring.cancel)
             yield
+
+    async def _measure(self) -> None:
+        while True:
+            with contextlib.suppress(RedisDown, ResponseError):
+                memory = await self.memory()
+                metrics.redis_bytes.set(memory["used_memory"])
+                metrics.redis_evicted.set(memory["evicted_keys"])
+            await asyncio.sleep(MEASURE_EVERY_S)
 
     @property
     def is_near(self) -> bool:
@@ -91,7 +104,7 @@ class Store:
     async def keep(self, slot: Slot, recording: Recording) -> bool:
         """Write it, to be gone when it expires. False: too large, or Redis would not take it."""
         compress_above = self._settings.cache_compress_above_bytes
-        value = pack(recording, slot.key, compress_above_bytes=compress_above, secret=self._secret)
+        value = pack(recording, slot.key, compress_above_bytes=compress_above, seal=self._seal)
         if len(value) > self._settings.cache_max_entry_bytes:
             metrics.cache_errors.labels("too_large").inc()
             return False
@@ -163,10 +176,10 @@ class _Lookups:
 
     ROUND_TRIPS = 2
 
-    def __init__(self, link: Link, near: Near, secret: bytes, *, one_by_one: bool) -> None:
+    def __init__(self, link: Link, near: Near, seal: Seal, *, one_by_one: bool) -> None:
         self._link = link
         self._near = near
-        self._secret = secret
+        self._seal = seal
         self._one_by_one = one_by_one  # in a Cluster the keys of one command must share a slot
         self._waiting: dict[str, tuple[str, list[asyncio.Future[Held | None]]]] = {}
         self._under_way: set[asyncio.Task[None]] = set()
@@ -200,7 +213,7 @@ class _Lookups:
                 held = None
                 if value is not None:
                     try:
-                        held = Held(unpack(value, key, secret=self._secret))
+                        held = Held(unpack(value, key, seal=self._seal))
                         take_in(key, held)
                     except BrokenRecording as error:
                         broken[name] = str(error)

@@ -1,7 +1,7 @@
 """The engine room: something that turns a call into an answer, and the only place that knows vLLM."""
 
-from app.engine.base import Engine, EngineState, Phase
+from app.engine.base import Capacity, Engine, EngineState, Phase
 from app.engine.meter import Meter
 from app.engine.room import Room, room_for
 
-__all__ = ["Engine", "EngineState", "Meter", "Phase", "Room", "room_for"]
+__all__ = ["Capacity", "Engine", "EngineState", "Meter", "Phase", "Room", "room_for"]

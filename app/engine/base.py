@@ -24,12 +24,14 @@ class Phase(StrEnum):
 
 @dataclass(slots=True)
 class EngineState:
-    """The phase, since when (unix seconds), one line about it for people, and how often it died and was restarted."""
+    """The phase, since when (unix seconds), one line about it for people, how often it died and was restarted, and
+    how many calls it died of are kept out."""
 
     phase: Phase = Phase.LOADING
     since: float = field(default_factory=time.time)
     detail: str = "starting"
     restarts: int = 0
+    quarantined: int = 0
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def become(self, phase: Phase, detail: str = "") -> None:
@@ -62,6 +64,15 @@ class EngineState:
                 continue
 
 
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What an engine works on at a time: sequences, tokens in KV cache, tokens in a step. None: no limit known."""
+
+    sequences: int | None = None
+    kv_tokens: int | None = None
+    step_tokens: int | None = None
+
+
 class Engine(Protocol):
     """A thing that answers calls.
 
@@ -71,6 +82,10 @@ class Engine(Protocol):
 
     state: EngineState
     meter: Meter
+
+    @property
+    def capacity(self) -> Capacity:
+        """Known once it is loaded."""
 
     async def start(self) -> None:
         """Begin to load, and return; `state` tells the rest."""

@@ -37,6 +37,10 @@ class Meter:
             self._since = self._clock()
         self._running += 1
 
+    def skip(self) -> None:
+        """What has passed since the last step is nobody's: the engine was away, with calls that wait for it."""
+        self._since = self._clock()
+
     def step(self, shares: Collection[tuple[Timings, int]], *, at: float | None = None) -> None:
         """A step has ended (`at` on the monotonic clock) that computed so many tokens for each of these."""
         tokens = sum(count for _, count in shares)

@@ -13,12 +13,12 @@ import itertools
 import json
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from typing import Any, NamedTuple
 
 from app import wire
 from app.domain import Answer, Call, Endpoint, Timings, Weights
-from app.engine.base import EngineState, Phase
+from app.engine.base import Capacity, EngineState, Phase
 from app.engine.meter import Meter
 from app.engine.schema import refuse_misfits
 from app.errors import AdapterFailed, AppError, EngineDown, NotFound, UnsupportedEndpoint
@@ -56,6 +56,25 @@ class Script:
             yield said
 
 
+class _Batch:
+    """What all calls share: so many at a time, so many tokens a second, in the order they are asked for."""
+
+    def __init__(self, most: int | None, tokens_per_s: float | None) -> None:
+        self.most = most
+        self._places = asyncio.Semaphore(most) if most else None
+        self._seconds_per_token = 1 / tokens_per_s if tokens_per_s else 0.0
+        self._free_at = 0.0
+
+    def place(self) -> AbstractAsyncContextManager[None]:
+        return self._places or nullcontext()
+
+    async def compute(self, tokens: int) -> None:
+        if self._seconds_per_token:
+            now = time.perf_counter()
+            self._free_at = max(now, self._free_at) + tokens * self._seconds_per_token
+            await asyncio.sleep(self._free_at - now)
+
+
 class ScriptedEngine:
     """`calls` are the last that were asked for; in driven mode the test takes each from `asked`."""
 
@@ -82,6 +101,11 @@ class ScriptedEngine:
         # Left alone it never ends by itself: what it says is cut at the limit that the call sets, or 16.
         self._finish = "stop" if is_driven else "length"
         self._seconds_per_token = 1 / settings.scripted_tokens_per_s
+        self._batch = _Batch(settings.scripted_max_calls, settings.scripted_total_tokens_per_s)
+
+    @property
+    def capacity(self) -> Capacity:
+        return Capacity(sequences=self._batch.most)
 
     async def start(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -148,8 +172,11 @@ class ScriptedEngine:
         self.meter.begin()
         timings.prompt_tokens, timings.completion_tokens = _prompt_tokens(script.call), 0
         try:
-            async with aclosing(words):
+            async with aclosing(words), self._batch.place():
+                timings.queue_s, began = time.perf_counter() - began, time.perf_counter()
+                await self._batch.compute(timings.prompt_tokens)
                 async for word in words:
+                    await self._batch.compute(1)
                     first = first or time.perf_counter()
                     timings.completion_tokens += 1
                     timings.streamed_tokens += 1

@@ -1,8 +1,8 @@
-"""vLLM's AsyncLLM in our process, with vLLM's own OpenAI and Anthropic handlers in front of it.
+"""The life of vLLM's AsyncLLM in our process, and what vLLM's own handlers in front of it answer.
 
-All of vLLM is touched here (and in `preload.py`), because its modules move between releases; its
-version is pinned in pyproject.toml. Nothing of vLLM is imported before `start`: the HTTP port is open
-and hits are answered while this room still loads.
+All of vLLM is touched in this room, because its modules move between releases; its version is pinned in
+pyproject.toml. Nothing of vLLM is imported before `start`: the HTTP port is open and hits are answered while this room
+still loads.
 """
 
 from __future__ import annotations
@@ -16,34 +16,28 @@ import logging
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import signal
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from prometheus_client import REGISTRY
 
 import app.engine.preload  # noqa: F401 - its first line hushes a warning, here as in the fork server
-from app.domain import Answer, Call, Endpoint, Timings, Weights
+from app.domain import Answer, Call, Endpoint, Priority, Timings, Weights
 from app.engine import cpu
-from app.engine.base import EngineState, Phase
+from app.engine.base import Capacity, EngineState, Phase
+from app.engine.building import another_core, build, host_handlers
+from app.engine.core import LastingCore
+from app.engine.handlers import DISPATCH, MARKED, RANKED, TOKENS, having
 from app.engine.measure import measure
 from app.engine.meter import Meter
-from app.engine.steps import watch_steps
-from app.errors import (
-    AdapterFailed,
-    AppError,
-    BadCall,
-    Busy,
-    EngineDown,
-    EngineFailed,
-    NotFound,
-    RateLimited,
-    SwapFailed,
-    UnknownModel,
-    UnsupportedEndpoint,
-)
+from app.engine.quarantine import Quarantine
+from app.engine.translation import as_answer, refuse_error_response, translated
+from app.engine.underway import Underway, key_of, underway
+from app.engine.watch import TICK_S, Watch, cpu_seconds, family
+from app.errors import AdapterFailed, EngineDown, SwapFailed
 from app.settings import Settings
 from app.weights import Mismatch, fingerprint_of
 
@@ -59,7 +53,6 @@ ADAPTER_S = 60.0
 
 # Of the process, and never given twice: a core knows an adapter by its number, also one that was unloaded.
 _adapter_ids = itertools.count(1)
-_timings: ContextVar[Timings | None] = ContextVar("timings", default=None)
 
 
 class VllmEngine:
@@ -84,6 +77,8 @@ class VllmEngine:
         self._weights = weights
         self._on_progress = on_progress or (lambda _: None)
         self._check = check
+        self._quarantine = Quarantine(settings.quarantine_s)
+        self._args: Any = None
         self._llm: Any = None
         self._handlers: Any = None
         self._life: asyncio.Task[None] | None = None
@@ -118,7 +113,7 @@ class VllmEngine:
         await self._shut_down()
 
     async def _live(self, *, is_loaded: bool = False) -> None:
-        """Load; wait for death; load again, at most RESTARTS times with growing pauses."""
+        """Load; wait for the core's death; load another, at most RESTARTS times with growing pauses."""
         failures = 0
         while True:
             try:
@@ -126,10 +121,10 @@ class VllmEngine:
                     await self._load()
                 is_loaded = False
                 loaded_at = time.monotonic()
-                await self._death()
-                log.error("the engine died; starting it again")
+                what = await self._end_of_core()
+                log.error("the engine %s; starting it again", what)
                 self.state.restarts += 1
-                self.state.become(Phase.LOADING, "restarting after a crash")
+                self.state.become(Phase.LOADING, f"restarting: it {what}")
                 if time.monotonic() - loaded_at > 60:
                     failures = 0
             except Mismatch as error:  # another try would measure the same
@@ -141,12 +136,11 @@ class VllmEngine:
                 log.error("the engine did not start: %s", error, exc_info=log.isEnabledFor(logging.DEBUG))  # noqa: TRY400
                 self.state.become(Phase.LOADING, f"start failed: {_reason(error)}")
             failures += 1
-            await self._shut_down()
             if failures > RESTARTS:
+                await self._shut_down()
                 self.state.become(Phase.FAILED, f"gave up after {RESTARTS} restarts; see the log")
                 return
-            detail = self.state.detail if self.state.detail.startswith("start failed") else "restarting after a crash"
-            self.state.become(Phase.LOADING, detail)
+            await self._end_core()
             await asyncio.sleep(RESTART_BACKOFF_S * (2 ** (failures - 1) - 1))
 
     async def _load(self, *, is_beside: bool = False) -> None:
@@ -157,25 +151,59 @@ class VllmEngine:
         few against those of all imports, and must be collectable when it goes in its turn.
         """
         began = time.monotonic()
-        self._progress("importing vLLM")
-        args = await asyncio.to_thread(_parse, self._settings, self._weights)
-        self._progress("loading weights")
-        llm = await asyncio.to_thread(_build, args, self.meter)
-        self._llm = llm
-        self._progress("preparing handlers")
-        self._handlers = await _host_handlers(llm, args)
-        self._handlers.openai_serving_models.model_name = self._called
+        if self._llm is None:
+            await self._build()
+        else:
+            await self._replace_core()
         self._progress("comparing the fingerprint")
         await self._prove()
-        for adapter in list(self._adapters.values()):
-            await self._add_adapter(adapter)
+        await self._add_adapters()
         if not is_beside:
             gc.unfreeze()  # what a dead predecessor left may go
             gc.collect()
             gc.freeze()
+        self._core.go_on()
         self.state.become(Phase.READY, f"loaded in {time.monotonic() - began:.1f} s")
         log.info("engine ready: %s in %.1f s", self._weights.short, time.monotonic() - began)
         self._on_progress("ready")
+
+    async def _build(self) -> None:
+        self._progress("importing vLLM")
+        self._args = await asyncio.to_thread(_parse, self._settings, self._weights)
+        self._progress("loading weights")
+        self._llm = await asyncio.to_thread(build, self._args, self.meter)
+        self._core.quarantine = self._quarantine
+        self._progress("preparing handlers")
+        self._handlers = await host_handlers(self._llm, self._args)
+        self._handlers.openai_serving_models.model_name = self._called
+
+    async def _replace_core(self) -> None:
+        """Another process in place of the one that was lost; all that stands in front of it stays, calls and all."""
+        self._progress("loading weights again")
+        building = asyncio.create_task(asyncio.to_thread(another_core, self._args, self._llm))
+        await self._watched(building)
+        self._core.replace(building.result())
+        self.meter.skip()
+        async with asyncio.timeout(PROBES_S):
+            await self._llm.reset_mm_cache()  # what the lost one held, this one does not
+
+    async def _watched(self, building: asyncio.Task[Any]) -> None:
+        """Return when it is done, which comes soon after the process is killed that hangs while it loads."""
+        others = {process.pid for process in multiprocessing.active_children()}
+        watch = Watch(self._settings.engine_hang_s, self._settings.engine_stuck_s)
+        while not building.done():
+            pids = [process.pid for process in multiprocessing.active_children() if process.pid]
+            own = [pid for pid in pids if pid not in others]
+            cpu_s = await asyncio.to_thread(_cpu_seconds, own)
+            if watch.look(steps=0, has_calls=bool(own), cpu_s=cpu_s) is not None:
+                log.error("the engine hangs while it loads")
+                await asyncio.to_thread(_kill, own)
+            await asyncio.wait({building}, timeout=TICK_S)
+
+    @property
+    def _core(self) -> LastingCore:
+        core: LastingCore = self._llm.engine_core
+        return core
 
     async def _prove(self) -> None:
         """Measure what was loaded, and have it compared. A model that generates nothing has no fingerprint."""
@@ -183,7 +211,7 @@ class VllmEngine:
             return
         began = time.monotonic()
         async with asyncio.timeout(PROBES_S):
-            prompts = await measure(self.answer, self._weights.name)
+            prompts = await measure(partial(self._answer, is_probe=True), self._weights.name)
         dtype = str(self._llm.model_config.dtype).removeprefix("torch.")
         self.fingerprint = fingerprint_of(prompts, dtype=dtype, quantization=self._settings.quantization)
         if self._check is not None:
@@ -195,13 +223,36 @@ class VllmEngine:
         log.info("engine: %s", detail)
         self._on_progress(detail)
 
-    async def _death(self) -> None:
-        while not self._llm.errored:  # vLLM sets a flag and wakes nobody
+    async def _end_of_core(self) -> str:
+        """Wait for the core to die, or to hang, and end one that hangs. What happened, in a word."""
+        watch = Watch(self._settings.engine_hang_s, self._settings.engine_stuck_s)
+        ticks = round(TICK_S / DEATH_CHECK_S)
+        for tick in itertools.count(1):
+            if self._core.is_lost:  # vLLM sets a flag and wakes nobody
+                return "died"
+            if tick % ticks == 0 and (hung := await self._hangs(watch)) is not None:
+                await asyncio.to_thread(_kill, self._core.pids)
+                return f"hung ({hung})"
+            self.state.quarantined = len(self._quarantine)
             await asyncio.sleep(DEATH_CHECK_S)
+        raise AssertionError  # it counts for ever
+
+    async def _hangs(self, watch: Watch) -> str | None:
+        core = self._core
+        has_calls, cpu_s = core.has_calls, None
+        if has_calls and watch.is_silent:
+            cpu_s = await asyncio.to_thread(_cpu_seconds, core.pids)
+        return watch.look(steps=core.steps, has_calls=has_calls, cpu_s=cpu_s)
+
+    async def _end_core(self) -> None:
+        """End what is left of a core; calls wait for the next."""
+        if self._llm is not None:
+            await asyncio.to_thread(self._core.shutdown, SHUTDOWN_S)
 
     async def _shut_down(self) -> None:
         llm, self._llm, self._handlers = self._llm, None, None
         if llm is not None:
+            llm.engine_core.give_up()
             await asyncio.to_thread(llm.shutdown, SHUTDOWN_S)
 
     # --- adapters -----------------------------------------------------------------------------
@@ -229,10 +280,7 @@ class VllmEngine:
         known = self._ready_handlers().openai_serving_models.lora_requests
         name, number = f"{adapter.name}@{adapter.digest}", next(_adapter_ids)
         request = LoRARequest(lora_name=name, lora_int_id=number, lora_path=adapter.path)
-        try:
-            await asyncio.wait_for(self._llm.add_lora(request), ADAPTER_S)
-        except Exception as error:
-            raise AdapterFailed(f"{adapter.short} does not load: {_reason(error)}") from error
+        await self._tell_core(adapter, request)
         before, known[adapter.name] = known.get(adapter.name), request
         if before is not None:
             await asyncio.wait_for(self._llm.remove_lora(before.lora_int_id), ADAPTER_S)
@@ -243,11 +291,27 @@ class VllmEngine:
             await asyncio.wait_for(self._llm.remove_lora(number), ADAPTER_S)
             raise AdapterFailed(f"the fingerprint of {adapter.short} does not match: {error}") from error
 
+    async def _add_adapters(self) -> None:
+        """All of them; to a core that replaces another under their old numbers, since calls that go on name those."""
+        known = self._ready_handlers().openai_serving_models.lora_requests
+        for adapter in list(self._adapters.values()):
+            if (request := known.get(adapter.name)) is None:
+                await self._add_adapter(adapter)
+            else:
+                await self._tell_core(adapter, request)
+                await self._prove_adapter(adapter)
+
+    async def _tell_core(self, adapter: Weights, request: Any) -> None:
+        try:
+            await asyncio.wait_for(self._llm.add_lora(request), ADAPTER_S)
+        except Exception as error:
+            raise AdapterFailed(f"{adapter.short} does not load: {_reason(error)}") from error
+
     async def _prove_adapter(self, adapter: Weights) -> None:
         if self._check is None or not adapter.fingerprint:
             return
         async with asyncio.timeout(PROBES_S):
-            prompts = await measure(self.answer, adapter.name)
+            prompts = await measure(partial(self._answer, is_probe=True), adapter.name)
         own = {"dtype": self.fingerprint["dtype"], "quantization": self._settings.quantization}
         self._check(adapter, fingerprint_of(prompts, **own))
 
@@ -261,265 +325,65 @@ class VllmEngine:
     # --- answers ------------------------------------------------------------------------------
 
     async def answer(self, call: Call, timings: Timings | None = None) -> Answer:
+        return await self._answer(call, timings)
+
+    async def _answer(self, call: Call, timings: Timings | None = None, *, is_probe: bool = False) -> Answer:
         handlers = self._ready_handlers()
-        timings = timings or Timings()
-        token = _timings.set(timings)
+        about = Underway(key_of(call), is_probe, timings or Timings())
+        self._quarantine.check(about.key)
+        token = underway.set(about)
         try:
-            with _translated():
-                produced = await _DISPATCH[call.endpoint](handlers, dict(call.body))
-            mark = self._mark(call) if call.endpoint in _MARKED else None
-            return await _as_answer(produced, timings, by_alias=call.endpoint is Endpoint.RESPONSES, mark=mark)
+            with translated(about):
+                produced = await DISPATCH[call.endpoint](handlers, self._asked(call))
+            mark = self._mark(call) if call.endpoint in MARKED else None
+            return await as_answer(produced, about, by_alias=call.endpoint is Endpoint.RESPONSES, mark=mark)
         finally:
-            _timings.reset(token)
+            underway.reset(token)
+
+    @property
+    def capacity(self) -> Capacity:
+        if self._llm is None:
+            return Capacity()
+        config = self._llm.vllm_config
+        ranks, blocks = config.parallel_config.data_parallel_size, config.cache_config.num_gpu_blocks
+        return Capacity(
+            sequences=ranks * config.scheduler_config.max_num_seqs,
+            kv_tokens=blocks * config.cache_config.block_size if blocks else None,
+            step_tokens=config.scheduler_config.max_num_batched_tokens,
+        )
+
+    def _asked(self, call: Call) -> dict[str, Any]:
+        """The body, with vLLM's own number for the call's class; what is no number vLLM refuses in its own words."""
+        body = dict(call.body)
+        if call.endpoint in RANKED and isinstance(body.get("priority"), int | None):
+            is_ranked = self._llm.vllm_config.scheduler_config.policy == "priority"
+            body["priority"] = 1 if is_ranked and call.priority is Priority.BATCH else 0
+        return body
 
     async def tokens(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         handlers = self._ready_handlers()
-        with _translated():
-            produced = await _TOKENS[path](handlers, body)
-        _refuse_error_response(produced)
+        with translated():
+            produced = await TOKENS[path](handlers, body)
+        refuse_error_response(produced)
         dumped: dict[str, Any] = produced.model_dump(mode="json", exclude_none=path.endswith("count_tokens"))
         return dumped
 
     async def stored_response(self, response_id: str, *, starting_after: int | None, stream: bool) -> Answer:
-        handler = _having(self._ready_handlers(), "openai_serving_responses", "the Responses API")
-        with _translated():
+        handler = having(self._ready_handlers(), "openai_serving_responses", "the Responses API")
+        with translated():
             produced = await handler.retrieve_responses(response_id, starting_after=starting_after, stream=stream)
-        return await _as_answer(produced, Timings(), by_alias=True)
+        return await as_answer(produced, Underway(), by_alias=True)
 
     async def cancel_response(self, response_id: str) -> Answer:
-        handler = _having(self._ready_handlers(), "openai_serving_responses", "the Responses API")
-        with _translated():
+        handler = having(self._ready_handlers(), "openai_serving_responses", "the Responses API")
+        with translated():
             produced = await handler.cancel_responses(response_id)
-        return await _as_answer(produced, Timings(), by_alias=True)
+        return await as_answer(produced, Underway(), by_alias=True)
 
     def _ready_handlers(self) -> Any:
-        if self._handlers is None or self._llm.errored:
-            raise EngineDown("the engine is being restarted", retry_after_s=5)
+        if self._handlers is None:
+            raise EngineDown("the engine is down", retry_after_s=5)
         return self._handlers
-
-
-# --- asking vLLM's handlers ----------------------------------------------------------------------
-
-
-async def _chat(handlers: Any, body: dict[str, Any]) -> Any:
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-
-    handler = _having(handlers, "openai_serving_chat", "chat completions")
-    return await handler.create_chat_completion(ChatCompletionRequest(**body), None)
-
-
-async def _completion(handlers: Any, body: dict[str, Any]) -> Any:
-    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-
-    handler = _having(handlers, "openai_serving_completion", "completions")
-    return await handler.create_completion(CompletionRequest(**body), None)
-
-
-async def _response(handlers: Any, body: dict[str, Any]) -> Any:
-    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
-
-    handler = _having(handlers, "openai_serving_responses", "the Responses API")
-    produced = await handler.create_responses(ResponsesRequest(**body), None)
-    # A background stream is read from what a task makes that has only just been created: let it begin.
-    await asyncio.sleep(0)
-    return produced
-
-
-async def _message(handlers: Any, body: dict[str, Any]) -> Any:
-    from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
-
-    handler = _having(handlers, "anthropic_serving_messages", "the Messages API")
-    return await handler.create_messages(AnthropicMessagesRequest(**body), None)
-
-
-async def _embedding(handlers: Any, body: dict[str, Any]) -> Any:
-    from pydantic import TypeAdapter
-    from vllm.entrypoints.pooling.embed.protocol import EmbeddingRequest
-
-    handler = _having(handlers, "serving_embedding", "embeddings")
-    return await handler(TypeAdapter(EmbeddingRequest).validate_python(body), None)
-
-
-async def _tokenize(handlers: Any, body: dict[str, Any]) -> Any:
-    from pydantic import TypeAdapter
-    from vllm.entrypoints.serve.tokenize.protocol import TokenizeRequest
-
-    return await handlers.serving_tokenization.create_tokenize(TypeAdapter(TokenizeRequest).validate_python(body), None)
-
-
-async def _detokenize(handlers: Any, body: dict[str, Any]) -> Any:
-    from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest
-
-    return await handlers.serving_tokenization.create_detokenize(DetokenizeRequest(**body), None)
-
-
-async def _count_tokens(handlers: Any, body: dict[str, Any]) -> Any:
-    from vllm.entrypoints.anthropic.protocol import AnthropicCountTokensRequest
-
-    handler = _having(handlers, "anthropic_serving_messages", "the Messages API")
-    return await handler.count_tokens(AnthropicCountTokensRequest(**body), None)
-
-
-_DISPATCH = {
-    Endpoint.CHAT: _chat,
-    Endpoint.COMPLETIONS: _completion,
-    Endpoint.RESPONSES: _response,
-    Endpoint.MESSAGES: _message,
-    Endpoint.EMBEDDINGS: _embedding,
-}
-_MARKED = (Endpoint.CHAT, Endpoint.COMPLETIONS)  # they have a `system_fingerprint`
-_TOKENS = {"/tokenize": _tokenize, "/detokenize": _detokenize, "/v1/messages/count_tokens": _count_tokens}
-
-
-def _having(handlers: Any, name: str, what: str) -> Any:
-    handler = getattr(handlers, name, None)
-    if handler is None:
-        raise UnsupportedEndpoint(f"the served model does not support {what}")
-    return handler
-
-
-# --- from what vLLM gives to an Answer -----------------------------------------------------------
-
-
-async def _as_answer(produced: Any, timings: Timings, *, by_alias: bool, mark: str | None = None) -> Answer:
-    """A model, an error, a ready HTTP response or a stream: one of the two wire forms, or a raised AppError."""
-    _refuse_error_response(produced)
-    if hasattr(produced, "__aiter__"):
-        return Answer(events=await _opened(produced, mark), timings=timings)
-    if hasattr(produced, "body"):  # pooling handlers give a starlette Response
-        return Answer(body=bytes(produced.body), timings=timings)
-    # As vLLM's own routes do: Anthropic's bodies leave out what is absent, OpenAI's say null.
-    is_message = type(produced).__name__.startswith("Anthropic")
-    content = produced.model_dump(mode="json", by_alias=by_alias, exclude_none=is_message)
-    if mark is not None:
-        content["system_fingerprint"] = mark
-    return Answer(body=json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode(), timings=timings)
-
-
-async def _opened(stream: AsyncGenerator[Any, None], mark: str | None) -> AsyncIterator[bytes]:
-    """The stream as bytes, started: a refusal or an early death is raised here and not sent as an event."""
-    events = _as_bytes(stream, mark)
-    try:
-        with _translated():
-            first = await anext(events)
-    except StopAsyncIteration:
-        raise EngineFailed("the engine gave an empty answer") from None
-    except BaseException:
-        await events.aclose()
-        raise
-    return _rest(first, events)
-
-
-async def _rest(first: bytes, events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    async with aclosing(events):
-        yield first
-        with _translated():
-            async for event in events:
-                yield event
-
-
-# vLLM would write a fingerprint into the last chunk alone, if no usage event follows; it is told to write none.
-_CHUNK_BEGINS = b'data: {"id"'
-
-
-async def _as_bytes(stream: AsyncGenerator[Any, None], mark: str | None) -> AsyncGenerator[bytes, None]:
-    marked = b'data: {"system_fingerprint":"%s",' % mark.encode() if mark else b""
-    async with aclosing(stream):
-        async for event in stream:
-            if isinstance(event, str):
-                content = event.encode()
-            else:  # Responses give event objects
-                content = f"event: {event.type}\ndata: {event.model_dump_json(indent=None, by_alias=True)}\n\n".encode()
-            _refuse_error_event(content)
-            if marked and content.startswith(_CHUNK_BEGINS):
-                content = marked + content[len(_CHUNK_BEGINS) - 4 :]
-            yield content
-
-
-# --- errors --------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _translated() -> Any:
-    """vLLM's and pydantic's exceptions leave as ours; around calls and around iteration alike."""
-    try:
-        yield
-    except (AppError, asyncio.CancelledError, GeneratorExit, StopAsyncIteration):
-        raise
-    except Exception as error:
-        raise _from_exception(error) from error
-
-
-def _from_exception(error: Exception) -> AppError:
-    from pydantic import ValidationError
-    from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
-    from vllm.v1.engine.exceptions import EngineDeadError
-
-    if isinstance(error, ValidationError):
-        return _from_validation(error)
-    if isinstance(error, EngineDeadError):
-        return EngineDown("the engine stopped while it worked on this call; it is being restarted", retry_after_s=5)
-    if isinstance(error, RecursionError):
-        return BadCall("the request is nested too deeply")
-    info = create_error_response(error).error
-    if info.code >= 500 and info.code != 501:
-        log.error("the engine failed on a call: %s: %s", type(error).__name__, error, exc_info=error)
-        # What broke inside is for the log; it can hold prompts and paths.
-        return _app_error("the engine failed on this call", info.code, None)
-    return _app_error(info.message, info.code, info.param)
-
-
-def _from_validation(error: Any) -> BadCall:
-    """The first thing that is wrong, in one line, with the field's name as OpenAI gives it."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(str(part) for part in first["loc"] if not _is_internal(str(part)))
-    message = str(first["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    return BadCall(f"{where}: {message}" if where else message, param=where or None)
-
-
-def _is_internal(part: str) -> bool:
-    return any(mark in part for mark in "[](){}") or part in {"function-wrap", "function-before", "function-after"}
-
-
-def _refuse_error_response(produced: Any) -> None:
-    from vllm.entrypoints.serve.engine.protocol import ErrorResponse
-
-    if isinstance(produced, ErrorResponse):
-        raise _app_error(produced.error.message, produced.error.code, produced.error.param)
-
-
-def _refuse_error_event(event: bytes) -> None:
-    """vLLM's handlers say in an event what broke a stream, and then end it as if it were whole ([DONE]).
-
-    Raises:
-        AppError: this is such an event. Generated text cannot look like one: it is inside a JSON string.
-    """
-    if not event.startswith((b'data: {"error"', b"event: error\n")):
-        return
-    told = json.loads(event[event.index(b"{") :])
-    error = told.get("error") or told
-    status = int(error["code"]) if str(error.get("code")).isdigit() else 500
-    if status >= 500:
-        log.error("the engine failed on a stream: %s", error.get("message"))
-        raise _app_error("the engine failed on this call", status, None)
-    raise _app_error(error["message"], status, error.get("param"))
-
-
-def _app_error(message: str, status: Any, param: str | None) -> AppError:
-    """vLLM's message under our types; a status it does not know is the engine's own fault."""
-    status = int(status) if str(status).isdigit() else 500
-    if status == 404 and "model" in message.lower():
-        return UnknownModel(message, param=param or "model")
-    kinds: dict[int, type[AppError]] = {
-        400: BadCall,
-        404: NotFound,
-        422: BadCall,
-        429: RateLimited,
-        501: UnsupportedEndpoint,
-        503: Busy,
-    }
-    kind = kinds.get(status, BadCall if 400 <= status < 500 else EngineFailed)
-    return kind(message, param=param, retry_after_s=5 if status in (429, 503) else None)
 
 
 # --- building ------------------------------------------------------------------------------------
@@ -553,6 +417,17 @@ def _reinstate(collectors: list[Any]) -> None:
         REGISTRY.unregister(each)
     for each in collectors:
         REGISTRY.register(each)
+
+
+def _cpu_seconds(pids: list[int]) -> float | None:
+    return cpu_seconds(family(pids))
+
+
+def _kill(pids: list[int]) -> None:
+    """The processes and what they started; one that is stopped takes no other signal."""
+    for process in family(pids):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
 
 
 def _reason(error: BaseException) -> str:
@@ -607,6 +482,7 @@ def arguments(settings: Settings, weights: Weights) -> list[str]:
         "pipeline_parallel_size": settings.pipeline_parallel_size,
         "reasoning_parser": settings.reasoning_parser,
         "chat_template": settings.chat_template,
+        "scheduling_policy": "priority",  # where KV cache runs short, a batch's calls give way first
         "use_tqdm_on_load": False,
         "fingerprint_mode": "none",
     }
@@ -658,50 +534,3 @@ def _parse(settings: Settings, weights: Weights) -> Any:
     args = make_arg_parser(Parser()).parse_args(arguments(settings, weights))
     validate_parsed_serve_args(args)
     return args
-
-
-def _build(args: Any, meter: Meter) -> Any:
-    import vllm.v1.engine.utils as core_processes
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    # vLLM takes spawn or fork only (on a CPU it insists on spawn); its context is replaced by ours.
-    core_processes.get_mp_context = lambda: multiprocessing.get_context("forkserver")
-
-    class ObservedLLM(AsyncLLM):  # type: ignore[misc]
-        """AsyncLLM that notes each call's timings where the call's own task can read them."""
-
-        async def generate(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
-            timings = _timings.get()
-            async with aclosing(super().generate(*args, **kwargs)) as outputs:
-                async for output in outputs:
-                    if timings is not None:
-                        timings.streamed_tokens += sum(len(part.token_ids) for part in output.outputs)
-                        if output.metrics is not None:
-                            _note(timings, output)
-                    if any(part.finish_reason == "abort" for part in output.outputs):
-                        # The Responses handler would call it "completed". An answer is whole or an error.
-                        raise EngineFailed("the generation was aborted")
-                    yield output
-
-    llm = ObservedLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args))
-    watch_steps(llm, meter, _timings.get)
-    return llm
-
-
-def _note(timings: Timings, output: Any) -> None:
-    stats = output.metrics
-    timings.queue_s = stats.scheduled_ts - stats.queued_ts
-    timings.prefill_s = stats.first_token_ts - stats.scheduled_ts
-    timings.decode_s = stats.last_token_ts - stats.first_token_ts
-    timings.prompt_tokens = len(output.prompt_token_ids or ())
-    timings.completion_tokens = stats.num_generation_tokens
-
-
-async def _host_handlers(llm: Any, args: Any) -> Any:
-    from starlette.datastructures import State
-    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-
-    handlers = State()
-    await init_app_state(llm, handlers, args, await llm.get_supported_tasks())
-    return handlers

@@ -20,13 +20,15 @@ from contextlib import aclosing, asynccontextmanager, contextmanager
 
 from app import wire
 from app.cache.link import Link
+from app.cache.seal import Purpose, Seal
 from app.domain import Endpoint
-from app.errors import AppError, Broken, Diverged, Draining, EngineFailed, LeaseLost, RedisDown
+from app.errors import AppError, Broken, Diverged, Draining, EngineFailed, Incomplete, LeaseLost, RedisDown
 from app.flight import names
 from app.flight.flight import Flight, Seat, Ticket, lost, settle
+from app.flight.hold import Hold
 from app.flight.idempotency import Claims
 from app.flight.lease import Boarded, Lease, Leases
-from app.flight.live import Following, Reader, Seal, Told
+from app.flight.live import Following, Reader, Script, Told
 from app.flight.logbook import DIVERGED, LogBook, Unreadable
 from app.flight.names import Position
 from app.flight.publisher import Publisher
@@ -37,8 +39,8 @@ log = logging.getLogger(__name__)
 
 Takeoff = Callable[[Flight], AsyncGenerator[bytes, None]]
 
-# The status of what is wrong with this server, and not with the call.
-UNAVAILABLE = 503
+# The statuses of what is wrong with this server, or with how much a tenant asks of it, and not with the call.
+UNAVAILABLE = (429, 503)
 # How long a stream is looked for that a client comes back to.
 FIND_S = 0.5
 
@@ -50,16 +52,16 @@ class Flights:
     def __init__(self, settings: Settings, link: Link, url: str, *, is_alone: bool) -> None:
         self._settings = settings
         self._is_alone = is_alone
-        secret = settings.cache_secret.get_secret_value().encode() if settings.cache_secret else None
-        self._seal = Seal(secret)
+        self._script = Script(Seal(Purpose.LIVE, settings.cache_secrets, encrypts=settings.cache_encrypt))
         self._leases = Leases(settings, link)
         self.claims = Claims(settings, self._leases)
-        self._reader = Reader(settings, link, url, self._seal)
+        self._reader = Reader(settings, link, url, self._script)
         self._by_key: dict[str, Flight] = {}
         self._by_uid: dict[str, Flight] = {}
         self._kept: dict[str, Flight] = {}
         self._held: dict[Flight, Lease] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._hold = Hold(settings, self._spawn)
         self.on_rest: Callable[[Ticket, float], None] = lambda ticket, device_s: None
 
     async def close(self) -> None:
@@ -77,15 +79,22 @@ class Flights:
     ) -> Iterator[Seat]:
         """A seat on the flight of this key, which begins if there is none. Leaving the context leaves the flight."""
         flight = self._by_key.get(ticket.key) if ticket.is_shared else None
-        is_first = flight is None or flight.is_over
-        if flight is None or flight.is_over:
+        is_first = flight is None or flight.is_over or flight.is_closed
+        if flight is None or is_first:
             flight = Flight(ticket, names.new_uid(ticket.key), ticket.is_stream)
+            self._hold.take(flight)
             self._by_key[ticket.key] = self._by_uid[flight.uid] = flight
             flight.pilot = self._spawn(self._pilot(flight, takeoff), "flight")
         metrics.child(metrics.boarded, "leader" if is_first else "follower").inc()
         flight.was_streamed |= is_streaming
-        with self._seated(Seat(flight, is_first=is_first, position=position)) as seat:
+        seat = Seat(flight, is_first=is_first, is_streaming=is_streaming, position=position)
+        with self._seated(seat):
             yield seat
+
+    def flies(self, ticket: Ticket) -> bool:
+        """Whether a call with this ticket would share a flight that is under way here."""
+        flight = self._by_key.get(ticket.key) if ticket.is_shared else None
+        return flight is not None and not flight.is_over
 
     def launch(self, ticket: Ticket, takeoff: Takeoff) -> None:
         """Fly for no client, unless the same flies already: what comes of it is recorded on the way."""
@@ -98,12 +107,22 @@ class Flights:
                 await seat.whole()
             except AppError as error:
                 log.warning("a refresh failed, and what is there stays: %s", error.message)
+            except Incomplete as error:
+                log.warning("a refresh was given up, and what is there stays: %s", error)
 
     @asynccontextmanager
-    async def resume(self, position: Position, owners: Collection[str]) -> AsyncIterator[Seat | None]:
-        """A seat on a flight that this client was on, here or elsewhere; None where it cannot be found any more."""
-        flight = self._by_uid.get(position.uid) or await self._found_elsewhere(position.uid)
-        if flight is None or flight.ticket.owner not in owners:
+    async def resume(
+        self, position: Position, owners: Collection[str], *, here_alone: bool = False
+    ) -> AsyncIterator[Seat | None]:
+        """A seat on a flight that this client was on, here or elsewhere; None where it cannot be found any more.
+
+        `here_alone`: elsewhere it is not looked for. Who knows the call boards with the position instead, and can then
+        carry on what its leader left.
+        """
+        flight = self._by_uid.get(position.uid)
+        if flight is None and not here_alone:
+            flight = await self._found_elsewhere(position.uid)
+        if flight is None or flight.is_closed or flight.ticket.owner not in owners:
             yield None
             return
         with self._seated(Seat(flight, is_first=False, position=position)) as seat:
@@ -111,15 +130,23 @@ class Flights:
 
     @contextmanager
     def _seated(self, seat: Seat) -> Iterator[Seat]:
-        flight = seat.flight
-        flight.seats += 1
+        seat.flight.seats.add(seat)
+        seat.leave = lambda: self._left(seat)
         try:
             yield seat
         finally:
-            flight.seats -= 1
-            if not flight.seats and not flight.is_over:
-                self._deserted(flight)
-            self._settle_rest(flight)
+            self._left(seat)
+
+    def _left(self, seat: Seat) -> None:
+        flight = seat.flight
+        if seat not in flight.seats:
+            return
+        flight.seats.discard(seat)
+        flight.trim()
+        flight.wake()
+        if not flight.seats:
+            self._hold.leave(flight) if flight.is_over else self._deserted(flight)
+        self._settle_rest(flight)
 
     def _deserted(self, flight: Flight) -> None:
         if not _is_awaited(flight) and flight not in self._held:
@@ -131,10 +158,10 @@ class Flights:
         if _is_awaited(flight):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._settings.stream_resume_s):
-                    while not flight.seats and not flight.is_over:
+                    while not (flight.seats or flight.is_over or flight.is_closed):
                         await flight.news()
         while not flight.seats and not flight.is_over:
-            if not await self._is_followed(flight):
+            if flight.is_closed or not await self._is_followed(flight):
                 if not flight.seats:
                     self._end(flight)
                 return
@@ -181,7 +208,7 @@ class Flights:
                     return
                 boarded = followed
             self._take_name(flight, boarded.uid)
-            if boarded.is_inherited and not flight.events:
+            if boarded.is_inherited and not flight.said:
                 await self._read_what_was_flown(flight)
         except (RedisDown, Unreadable):  # the answer is generated here, and continues what was sent already
             await self._lead(flight, takeoff, None)
@@ -210,6 +237,8 @@ class Flights:
                         fresh = splice.fit(event) if splice else event
                         if fresh is not None:
                             flight.add(fresh)
+                        if flight.is_closed:
+                            await self._hold.room(flight)
             except Diverged as error:
                 log.warning("a flight that was taken over ends in an error: %s", error)
                 raise EngineFailed(DIVERGED) from error
@@ -221,14 +250,14 @@ class Flights:
         if lease is None:
             yield None
             return
-        publisher = Publisher(flight, lease, self._seal, self._settings)
+        publisher = Publisher(flight, lease, self._script, self._settings)
         self._held[flight] = lease
         try:
             yield publisher
             await publisher.end(publisher.entry("end", tokens=_tokens(flight)))
         except AppError as error:
             flight.fail(error)  # before the world hears of it: clients of this process need not wait for Redis
-            if error.status == UNAVAILABLE:  # this engine is down or full; another server's may not be
+            if error.status in UNAVAILABLE:  # this engine is down or full; another server's may not be
                 await publisher.stop()
                 with contextlib.suppress(RedisDown):
                     await lease.release()
@@ -303,6 +332,7 @@ class Flights:
             self._reader.leave(following)
             return known
         self._by_uid[uid] = flight
+        self._hold.take(flight)
         flight.pilot = self._spawn(self._watch(flight, log_book, following), "flight-resumed")
         return flight
 
@@ -349,7 +379,11 @@ class Flights:
         self._settle_rest(flight)
         if self._by_key.get(flight.ticket.key) is flight:
             del self._by_key[flight.ticket.key]
-        if not flight.ticket.is_kept or not flight.is_finished:
+        if not flight.seats:
+            self._hold.leave(flight)
+        elif flight.is_closed:
+            self._spawn(self._hold.room(flight), "flight-room")
+        if not flight.ticket.is_kept or not flight.is_finished or flight.is_closed:
             self._forget(flight)
             return
         self._kept[flight.uid] = flight
@@ -382,7 +416,7 @@ def _is_published(ticket: Ticket) -> bool:
 
 def _is_awaited(flight: Flight) -> bool:
     """Whether a client may come back for the rest: only a stream can be gone on with."""
-    return flight.ticket.is_kept and flight.was_streamed
+    return flight.ticket.is_kept and flight.was_streamed and not flight.is_closed
 
 
 def _tokens(flight: Flight) -> tuple[int, int] | None:

@@ -9,17 +9,17 @@ from __future__ import annotations
 import json
 from hashlib import sha256
 
-from cachetools import TTLCache
-
 from app.domain import Call
 from app.errors import BadCall, KeyReused, RedisDown
 from app.flight import names
 from app.flight.lease import Leases
+from app.observe.bounded import Brief
 from app.settings import Settings
 
 MAX_KEY_CHARS = 255
-# Keys that this process remembers by itself: about 200 bytes each.
-REMEMBERED = 10_000
+# What this process remembers by itself: two digests a key, and the objects around them.
+MEMORY_BYTES = 4 * 2**20
+_CLAIM_BYTES = 400
 # What a retry may change without being another call: the form in which it wants the answer.
 _FORM = frozenset({"stream", "stream_options"})
 
@@ -31,7 +31,7 @@ class Claims:
         self._namespace = settings.redis_namespace
         self._ttl_s = settings.idempotency_ttl_s
         self._leases = leases
-        self._known: TTLCache[str, str] = TTLCache(REMEMBERED, self._ttl_s)
+        self._known: Brief[str, str] = Brief("claims", MEMORY_BYTES, self._ttl_s, lambda _: _CLAIM_BYTES)
 
     async def claim(self, call: Call, given: str) -> str:
         """The key's name, which no other caller's key has.

@@ -8,18 +8,18 @@ without either is one whose leader still works, or died.
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import logging
 from collections.abc import Callable
 from typing import Any, Literal
 
 import msgspec
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import ResponseError
 
-from app.cache.link import Link, client
+from app.cache.link import FAILURES, Link, client
+from app.cache.seal import NotOurs, Seal
 from app.errors import AppError, RedisDown
 from app.flight import names
+from app.observe import metrics
 from app.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,6 @@ BLOCK_MS = 100
 # Entries taken per stream and read, so that one long stream does not hold up the others.
 READ_COUNT = 64
 RETRY_S = 0.25
-_MAC_BYTES = 16
 
 
 class Told(msgspec.Struct, frozen=True, array_like=True):
@@ -86,30 +85,22 @@ _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Entry).decode
 
 
-class Seal:
-    """Entries to bytes and back; with a secret each is signed for the stream it is in."""
+class Script:
+    """Entries to bytes and back, closed for the stream that they are in."""
 
-    def __init__(self, secret: bytes | None) -> None:
-        self._secret = secret
+    def __init__(self, seal: Seal) -> None:
+        self._seal = seal
 
-    def close(self, entry: Entry, uid: str) -> bytes:
-        content = _encode(entry)
-        return self._tag(uid, content) + content
+    def write(self, entry: Entry, uid: str) -> bytes:
+        return self._seal.close(_encode(entry), uid.encode())
 
-    def open(self, value: bytes, uid: str) -> Entry | None:
-        """The entry, or None: foreign, broken, or signed by somebody else."""
-        tag, content = value[:_MAC_BYTES], value[_MAC_BYTES:]
-        if not hmac.compare_digest(tag, self._tag(uid, content)):
-            return None
+    def read(self, value: bytes, uid: str) -> Entry | None:
+        """The entry, or None: foreign, broken, or closed by somebody else."""
         try:
-            return _decode(content)
-        except ValueError:
+            return _decode(self._seal.open(value, uid.encode()))
+        except (NotOurs, ValueError):
+            metrics.cache_errors.labels("stream_unreadable").inc()
             return None
-
-    def _tag(self, uid: str, content: bytes) -> bytes:
-        digest = hashlib.blake2b(uid.encode(), digest_size=_MAC_BYTES, key=self._secret or b"", person=b"refrain.live")
-        digest.update(content)
-        return digest.digest()
 
 
 class Following:
@@ -125,14 +116,14 @@ class Following:
 class Reader:
     """Reads the live streams that this process follows, all in one blocking read, on a connection of its own."""
 
-    def __init__(self, settings: Settings, link: Link, url: str, seal: Seal) -> None:
+    def __init__(self, settings: Settings, link: Link, url: str, script: Script) -> None:
         self._namespace = settings.redis_namespace
         self._one_by_one = settings.redis_cluster  # in a Cluster the keys of one command must share a slot
         patient = settings.model_copy(update={"redis_timeout_s": settings.redis_timeout_s + BLOCK_MS / 1000 + 0.5})
         self._open_client: Callable[[], Any] = lambda: client(patient, url)
         self._client: Any = None
         self._link = link
-        self._seal = seal
+        self._script = script
         self._following: set[Following] = set()
         self._wanted = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -179,7 +170,7 @@ class Reader:
                 await self._wanted.wait()
             try:
                 await self._read()
-            except (RedisError, OSError) as error:  # who follows finds out by its lease whether Redis is gone
+            except FAILURES as error:  # who follows finds out by its lease whether Redis is gone
                 log.debug("a read of live streams failed: %s", error)
                 await asyncio.sleep(RETRY_S)
 
@@ -207,7 +198,7 @@ class Reader:
         for ident, members in found:
             if _order(ident) > _order(following.last):  # both kinds of read may bring an entry
                 following.last = ident
-                following.take(self._seal.open(members.get(b"e", b""), following.uid))
+                following.take(self._script.read(members.get(b"e", b""), following.uid))
 
 
 def _order(ident: bytes) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from app.errors import LeaseLost, RedisDown
 from app.flight.flight import Flight
 from app.flight.lease import Lease
-from app.flight.live import About, Entry, Seal
+from app.flight.live import About, Entry, Script
 from app.observe import metrics
 from app.settings import Settings
 
@@ -25,10 +25,10 @@ CLOSE_S = 2.0
 class Publisher:
     """Writes what a leader says into the live stream, behind its back: a task that holds the lease as well."""
 
-    def __init__(self, flight: Flight, lease: Lease, seal: Seal, settings: Settings) -> None:
+    def __init__(self, flight: Flight, lease: Lease, script: Script, settings: Settings) -> None:
         self._flight = flight
         self._lease = lease
-        self._seal = seal
+        self._script = script
         self._room_bytes = settings.stream_max_bytes
         self._resume_ms = int(max(settings.stream_resume_s, settings.flight_lease_s) * 1000)
         self._number = 0
@@ -43,6 +43,10 @@ class Publisher:
     def say(self, event: bytes) -> None:
         if self._room_bytes >= 0:
             self._room_bytes -= len(event)
+            if self._flight.is_closed:
+                self._room_bytes = -1
+            if self._room_bytes < 0:
+                metrics.streams_cut.inc()
             self._said.append(event)
             self._news.set()
 
@@ -51,7 +55,7 @@ class Publisher:
 
         def made() -> bytes:
             number, self._number = self._number, self._number + 1
-            return self._seal.close(Entry(kind, self._lease.token, number, **members), self._lease.uid)  # type: ignore[arg-type]
+            return self._script.write(Entry(kind, self._lease.token, number, **members), self._lease.uid)  # type: ignore[arg-type]
 
         return made
 

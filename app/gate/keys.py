@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 from filelock import FileLock
 
-from app.domain import Caller
+from app.domain import Caller, Priority
 from app.errors import StartRefused, Unauthenticated
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ class Key(msgspec.Struct, frozen=True):
     sha256: str
     created: int
     admin: bool = False
+    priority: Priority = Priority.INTERACTIVE
 
 
 class KeyFile:
@@ -52,12 +53,12 @@ class KeyFile:
         except (OSError, ValueError) as error:  # msgspec's errors, and bad UTF-8, are ValueErrors
             raise StartRefused(f"the keys in {self._path} cannot be read: {error}") from error
 
-    def create(self, tenant: str, *, admin: bool = False) -> tuple[str, Key]:
+    def create(self, tenant: str, *, admin: bool = False, priority: Priority = Priority.INTERACTIVE) -> tuple[str, Key]:
         """A new key: its secret, shown this once, and what is kept of it. Raises StartRefused on a bad tenant name."""
         if not _TENANT.fullmatch(tenant):
             raise StartRefused(f"{tenant!r} is no tenant name: letters, digits, and . _ @ - within, 64 at most")
         secret = f"rf-{secrets.token_urlsafe(32)}"
-        key = Key(f"key_{secrets.token_hex(6)}", tenant, _hash(secret), int(time.time()), admin)
+        key = Key(f"key_{secrets.token_hex(6)}", tenant, _hash(secret), int(time.time()), admin, priority)
         with self._writing():
             self._write([*self.read(), key])
         return secret, key
@@ -129,7 +130,7 @@ class Gate:
         # The dictionary finds by hash of the secret; the comparison settles it in constant time.
         if key is None or not hmac.compare_digest(key.sha256, _hash(presented)):
             raise Unauthenticated("the API key is not valid")
-        return Caller(key.tenant, key.id, key.admin)
+        return Caller(key.tenant, key.id, key.admin, key.priority)
 
     def _refresh(self) -> None:
         now = time.monotonic()

@@ -1,6 +1,7 @@
 """Every metric of ours, prefix `refrain_`; vLLM's own stand beside them in the same registry.
 
-Labels come from fixed lists and never from a client's text, so their number is bounded.
+Labels come from fixed lists and never from a client's text, so their number is bounded. `model` is a name that is
+served here, or was.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import collections
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 from prometheus_client.registry import Collector
@@ -16,23 +18,32 @@ from prometheus_client.samples import Sample
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
-calls = Counter("refrain_calls_total", "Calls for an answer, by what the cache had.", ["endpoint", "cache"])
+calls = Counter("refrain_calls_total", "Calls for an answer, by what the cache had.", ["endpoint", "cache", "model"])
 responses = Counter("refrain_http_responses_total", "HTTP responses by status.", ["status"])
-bypasses = Counter("refrain_cache_bypass_total", "Calls that were kept apart from the cache, by reason.", ["reason"])
+bypasses = Counter(
+    "refrain_cache_bypass_total",
+    "Calls that were kept apart from the cache, by reason.",
+    ["endpoint", "model", "reason"],
+)
 cache_errors = Counter(
     "refrain_cache_errors_total", "Cache reads and writes that came to nothing, by cause.", ["cause"]
 )
 recorded = Counter("refrain_cache_recorded_total", "Answers recorded.", ["endpoint"])
 not_recorded = Counter("refrain_cache_not_recorded_total", "Answers that were cacheable and not recorded.", ["reason"])
-tokens_saved = Counter("refrain_tokens_saved_total", "Tokens answered from the cache.", ["kind"])
-seconds_saved = Counter("refrain_generation_seconds_saved_total", "Seconds of generation that hits spared.")
+tokens_saved = Counter("refrain_tokens_saved_total", "Tokens answered from the cache.", ["kind", "model"])
+seconds_saved = Counter("refrain_generation_seconds_saved_total", "Seconds of generation that hits spared.", ["model"])
 near_hits = Counter("refrain_near_hits_total", "Hits answered from this process's own memory, without asking Redis.")
 near_evicted = Counter("refrain_near_evicted_total", "Recordings pushed out of this process's memory by others.")
 near_bytes = Gauge("refrain_near_bytes", "Memory of this process that recordings take.")
 near_on = Gauge("refrain_near_on", "1 while Redis tells of changes, so that recordings may be held here, else 0.")
+memory_bytes = Gauge("refrain_memory_bytes", "What this process's smaller memories hold, by memory.", ["memory"])
+memory_evicted = Counter("refrain_memory_evicted_total", "What they pushed out for something newer.", ["memory"])
 redis_up = Gauge("refrain_redis_up", "1 while Redis answers in time, else 0.")
+redis_bytes = Gauge("refrain_redis_bytes", "Memory of the embedded server; of another, its own exporter tells.")
+redis_evicted = Gauge("refrain_redis_evicted_keys", "Keys that the embedded server has evicted since it started.")
 engine_ready = Gauge("refrain_engine_ready", "1 while the engine takes calls, else 0.")
 engine_restarts = Gauge("refrain_engine_restarts", "Times the engine died and was started again.")
+engine_quarantined = Gauge("refrain_engine_quarantined", "Calls that the engine died of, kept out for a while.")
 weights_served = Gauge("refrain_weights_served", "1 for each set of weights that is served now.", ["name", "digest"])
 swaps = Counter("refrain_swaps_total", "Swaps of the served weights, by how and how they ended.", ["way", "outcome"])
 swap_failed = Gauge("refrain_swap_failed", "1 while other weights than those served are wanted and do not serve.")
@@ -40,6 +51,15 @@ swap_seconds = Histogram(
     "refrain_swap_seconds", "From the wish for other weights to the first call that they take.", buckets=_SECONDS
 )
 in_flight = Gauge("refrain_generations_in_flight", "Generations that are running or queued for this server's clients.")
+queue_calls = Gauge("refrain_queue_calls", "Calls that wait for the engine.", ["class"])
+queue_tokens = Gauge("refrain_queue_tokens", "Tokens that wait, prompts and expected answers.", ["class"])
+queue_drain_seconds = Gauge("refrain_queue_drain_seconds", "Until what waits is worked off, at the measured speed.")
+queue_wait = Histogram(
+    "refrain_queue_wait_seconds", "Time that calls waited for the engine.", ["class"], buckets=_SECONDS
+)
+engine_calls = Gauge("refrain_engine_calls", "Calls that the engine has.")
+refused = Counter("refrain_refused_total", "Calls that were refused for lack of room or time, by reason.", ["reason"])
+deadlines_missed = Counter("refrain_deadlines_missed_total", "Calls that were ended because their time was up.")
 left = Counter("refrain_clients_left_total", "Clients that went away before their answer was complete.")
 reused = Counter(
     "refrain_cache_reused_total", "Hits on an answer that was made for a call of another shape, by rule.", ["rule"]
@@ -52,6 +72,14 @@ boarded = Counter(
     "Calls that began a generation (leader), shared one (follower), or carried one on (takeover).",
     ["role"],
 )
+flight_bytes = Gauge("refrain_flight_bytes", "Memory that the answers under way take, for those who read them.")
+flights_closed = Counter(
+    "refrain_flight_closed_total",
+    "Generations that took nobody aboard any more for their size, by the limit that they met (own, all).",
+    ["limit"],
+)
+flight_put_off = Counter("refrain_flight_put_off_total", "Clients cut off since they read too slowly to be waited for.")
+streams_cut = Counter("refrain_flight_streams_cut_total", "Generations too large to be passed on to other servers.")
 leases_lost = Counter("refrain_flight_leases_lost_total", "Generations whose lease another server took meanwhile.")
 resumed = Counter("refrain_streams_resumed_total", "Streams that a client came back to, by where they were.", ["found"])
 streams_kept_bytes = Gauge("refrain_streams_kept_bytes", "Memory of finished streams that can still be resumed.")
@@ -77,6 +105,16 @@ def child(metric: Any, *labels: str) -> Any:
     return metric.labels(*labels)
 
 
+class _Saved:
+    """What calls of one kind spared; plain numbers, as they are added to on the way of every hit."""
+
+    __slots__ = ("calls", "completion", "prompt", "seconds")
+
+    def __init__(self) -> None:
+        self.calls = self.prompt = self.completion = 0
+        self.seconds = 0.0
+
+
 class HitTally:
     """What hits are counted by: plain additions, handed on to the counters when somebody looks.
 
@@ -84,36 +122,49 @@ class HitTally:
     """
 
     def __init__(self) -> None:
-        self._calls: dict[tuple[str, str], int] = {}
-        self._clear()
+        self._saved: collections.defaultdict[tuple[str, str, str], _Saved] = collections.defaultdict(_Saved)
+        self.near = 0
 
-    def add(self, endpoint: str, status: str, prompt: int, completion: int, seconds: float) -> None:
-        """One call that a recording answered."""
-        self._calls[endpoint, status] = self._calls.get((endpoint, status), 0) + 1
-        self._seconds += seconds
-        self.save(prompt, completion)
+    def add(self, endpoint: str, status: str, model: str, prompt: int, completion: int, seconds: float) -> None:
+        """One call that was answered without a generation of its own; `seconds` and tokens are what that spared."""
+        saved = self._saved[endpoint, status, model]
+        saved.calls += 1
+        saved.prompt += prompt
+        saved.completion += completion
+        saved.seconds += seconds
 
-    def save(self, prompt: int, completion: int) -> None:
-        """Tokens that need not be computed."""
-        self._prompt += prompt
-        self._completion += completion
+    def save(self, model: str, prompt: int, completion: int) -> None:
+        """Tokens that need not be computed, of a call that is counted apart."""
+        saved = self._saved["", "", model]
+        saved.prompt += prompt
+        saved.completion += completion
 
     def settle(self) -> None:
-        for labels, count in self._calls.items():
-            calls.labels(*labels).inc(count)
+        for (endpoint, status, model), saved in self._saved.items():
+            if saved.calls:
+                calls.labels(endpoint, status, model).inc(saved.calls)
+            tokens_saved.labels("prompt", model).inc(saved.prompt)
+            tokens_saved.labels("completion", model).inc(saved.completion)
+            seconds_saved.labels(model).inc(saved.seconds)
         near_hits.inc(self.near)
-        tokens_saved.labels("prompt").inc(self._prompt)
-        tokens_saved.labels("completion").inc(self._completion)
-        seconds_saved.inc(self._seconds)
-        self._clear()
-
-    def _clear(self) -> None:
-        self._calls.clear()
-        self.near = self._prompt = self._completion = 0
-        self._seconds = 0.0
+        self._saved.clear()
+        self.near = 0
 
 
 hits = HitTally()
+
+
+class _Memory(Protocol):
+    @property
+    def currsize(self) -> float: ...
+
+
+_memories: dict[str, WeakValueDictionary[int, _Memory]] = {}
+
+
+def watch(name: str, memory: _Memory) -> None:
+    """Show its size for as long as there is anything to show; several of one name are added up."""
+    _memories.setdefault(name, WeakValueDictionary())[id(memory)] = memory
 
 
 # A family's name, a sample's name, and its labels.
@@ -138,6 +189,8 @@ def counts(*, but: str) -> Counts:
 def exposition(elsewhere: Mapping[Key, float]) -> bytes:
     """Everything in Prometheus's text format, with what other processes have counted for this one added."""
     hits.settle()
+    for name, memories in _memories.items():
+        memory_bytes.labels(name).set(sum(memory.currsize for memory in memories.values()))
     if not elsewhere:
         return generate_latest()
     registry = CollectorRegistry()

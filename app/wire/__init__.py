@@ -11,7 +11,7 @@ from app.domain import Endpoint
 from app.errors import Incomplete
 from app.wire import chat, completions, embeddings, messages, responses, sse
 from app.wire.ends import is_last, split
-from app.wire.shorten import fewer, shorten
+from app.wire.shorten import boundaries, fewer, shorten
 from app.wire.splice import Splice
 from app.wire.stamp import Identity, Template
 
@@ -19,6 +19,7 @@ __all__ = [
     "Identity",
     "Splice",
     "Template",
+    "boundaries",
     "check_body",
     "dump",
     "ended_by_itself",
@@ -106,6 +107,8 @@ def template(endpoint: Endpoint, content: bytes, old: Identity) -> Template:
 
 def ended_by_itself(endpoint: Endpoint, body: dict[str, Any]) -> bool:
     """Whether no choice of this body was cut short by a limit; False where that cannot be told."""
+    if endpoint is Endpoint.RESPONSES:
+        return body.get("status") == "completed"
     if endpoint is Endpoint.MESSAGES:
         return body.get("stop_reason") in ("end_turn", "stop_sequence", "tool_use")
     choices = body.get("choices") or ()

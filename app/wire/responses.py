@@ -34,7 +34,7 @@ _UNKNOWN_AT_FIRST = (
     "input_messages",
     "output_messages",
 )
-# What a response repeats of its request without it making a different answer.
+# What a response repeats of its request without it making a different answer; of the limit see `_renewed`.
 _ECHOED = ("metadata", "user", "store")
 
 
@@ -222,4 +222,7 @@ def _renewed_event(event: bytes, new: Identity, request_body: Json) -> bytes:
 
 def _renewed(response: Json, new: Identity, request_body: Json) -> Json:
     echoes = {key: request_body.get(key) for key in _ECHOED if key in response}
+    asked, told = request_body.get("max_output_tokens"), response.get("max_output_tokens")
+    if type(asked) is int and type(told) is int:
+        echoes["max_output_tokens"] = min(asked, told)  # `told` is what the model has room for, or asked of it before
     return response | {"id": new[0], "created_at": new[1]} | echoes

@@ -34,6 +34,7 @@ class Splice:
         self._names: list[str] = []
         self._renamed: dict[bytes, bytes] = {}
         self._new_names: list[str] = []
+        self._created: int | None = None
         self._again: dict[Channel, str] = {}
         self._number = 0
         for event in sent:
@@ -42,6 +43,7 @@ class Splice:
                 self._marks |= _DONE
                 continue
             self._number = max(self._number, document.get("sequence_number", -1) + 1)
+            self._created = self._created or _created(document)
             self._note_names(document, self._names)
             for channel, text in _texts(self._endpoint, document):
                 said = self._said.get(channel, "")
@@ -97,7 +99,10 @@ class Splice:
                 names.append(name)
 
     def _rename(self, document: Json) -> None:
-        """Names are made up in order, so the n-th of the one stream is the n-th of the other."""
+        """Names are made up in order, so the n-th of the one stream is the n-th of the other; the time is one."""
+        if self._created is not None and (created := _created(document)) not in (None, self._created):
+            for name in (b'"created":', b'"created_at":'):
+                self._renamed[name + str(created).encode()] = name + str(self._created).encode()
         known = len(self._new_names)
         self._note_names(document, self._new_names)
         for at in range(known, min(len(self._new_names), len(self._names))):
@@ -111,6 +116,12 @@ class Splice:
             event = sse.event(document | {"sequence_number": self._number}, name=document["type"])
             self._number += 1
         return event
+
+
+def _created(document: Json) -> int | None:
+    """When the answer says that it was begun, in unix seconds; messages do not."""
+    created = document.get("created") or (document.get("response") or {}).get("created_at")
+    return created if isinstance(created, int) else None
 
 
 def _quoted(name: str) -> bytes:

@@ -92,6 +92,20 @@ def test_replays_count_and_the_bound_in_bytes_holds() -> None:
     assert near.get("big") is None
 
 
+def test_what_is_made_of_a_recording_for_other_calls_counts_too_however_deep() -> None:
+    near = Near(1_000_000)
+    near.open()
+    put(near, "a", whole := Held(recording()))
+    part = whole.part(recording(2000))
+    whole.replay("cut", lambda: (part, part.size_bytes))
+    before = whole.size_bytes
+    part.replay("stream", lambda: (lambda *_: b"", 10_000))
+    assert whole.size_bytes == before + 10_000
+    assert near.get("a") is whole
+    part.replay("body", lambda: (lambda *_: b"", 60_000))
+    assert near.get("a") is None, "grown past what one entry may take"
+
+
 @given(st.lists(st.sampled_from(["read", "answer", "write", "hear"]), max_size=30))
 def test_in_every_order_of_reads_writes_and_words_of_them_the_last_word_wins(steps: list[str]) -> None:
     """Redis holds a number; reads take it in when answered, words of writes come late but in order."""

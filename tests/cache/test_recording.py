@@ -11,13 +11,13 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.cache import recording as room
-from app.cache.recording import MAGIC, Recording, pack, unpack
+from app.cache.recording import MAGIC, UNSIGNED, Recording, pack, unpack
+from app.cache.seal import TAG_BYTES
 from app.domain import Form
 from app.errors import BrokenRecording
 
 KEY = "ab" * 32
-HEADER_BYTES = len(MAGIC) + 1 + room.TAG_BYTES
+HEADER_BYTES = len(MAGIC) + 1 + TAG_BYTES
 
 keys = st.text(alphabet="0123456789abcdef", min_size=64, max_size=64)
 recordings = st.builds(
@@ -42,7 +42,7 @@ ONE = Recording(
 
 def forged(content: bytes, flags: int = 0, key: str = KEY) -> bytes:
     """A value with a right tag, as somebody who may write to our Redis could make it."""
-    return MAGIC + bytes((flags,)) + room._tag(key, flags, content) + content
+    return MAGIC + bytes((flags,)) + UNSIGNED.close(content, key.encode() + bytes((flags,)))
 
 
 @given(recordings, keys, st.sampled_from([0, 100, 10**9]))

@@ -381,6 +381,29 @@ def test_a_response_in_the_background_can_be_cancelled(client: OpenAI, http: htt
     assert metric(http, "vllm:generation_tokens_total") - generated <= answer.usage.completion_tokens + 2
 
 
+def test_a_background_stream_that_lost_its_client_goes_on_by_its_numbers(http: httpx.Client) -> None:
+    """The API's own way to come back. Its events have no ids, so `Last-Event-ID` says nothing here."""
+    asked = RESPONSE | {"store": True, "background": True, "stream": True, "top_p": 0.97}
+    seen: list[dict[str, Any]] = []
+    with http.stream("POST", "/v1/responses", json=asked) as response:
+        assert response.headers["x-cache"] == "bypass"
+        for line in response.iter_lines():
+            assert not line.startswith("id:")
+            if line.startswith("data: "):
+                seen.append(json.loads(line[6:]))
+            if len(seen) == 6:
+                break  # the connection closes; nobody reads
+    name, last = f"/v1/responses/{seen[0]['response']['id']}", seen[-1]["sequence_number"]
+    rest = payloads(http.get(name, params={"stream": True, "starting_after": last}).text)
+    whole = payloads(http.get(name, params={"stream": True}).text)
+    assert [*seen, *rest] == whole
+    assert [each["sequence_number"] for each in whole] == list(range(len(whole)))
+    assert whole[-1]["type"] == "response.completed"
+    assert whole[-1]["response"]["status"] == "completed"
+    ignored = http.get(name, params={"stream": True}, headers={"Last-Event-ID": str(last)})
+    assert payloads(ignored.text) == whole
+
+
 def test_a_response_in_the_background_can_be_streamed(client: OpenAI) -> None:
     asked = {"model": MODEL, "input": QUESTION, "temperature": 0, "max_output_tokens": 32}
     events = list(client.responses.create(**asked, background=True, stream=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from typing import Any
 
 import httpx
@@ -63,6 +64,90 @@ def test_a_longer_completion_serves_smaller_limits_too(http: httpx.Client) -> No
         served += 1
         assert told(cut) == own_answer(http, "/v1/completions", shorter), limit
     assert served >= 12
+
+
+def asked_in(path: str, **fields: Any) -> dict[str, Any]:
+    """The anthem, in the words of Messages or of Responses."""
+    if path == "/v1/messages":
+        return chat(messages=ANTHEM) | fields
+    return {"model": MODEL, "input": ANTHEM, "temperature": 0, "store": False} | fields
+
+
+def nameless(answer: dict[str, Any]) -> dict[str, Any]:
+    """Without the time, and what each answer makes up for its items."""
+    items = [item | {"id": None} for item in answer.get("output", ())]
+    return answer | ({"created_at": None, "output": items} if items else {})
+
+
+def said_by(stream: str) -> str:
+    """The text of a stream of Messages or Responses."""
+    deltas = [each.get("delta") for each in payloads(stream)]
+    return "".join(each if isinstance(each, str) else each.get("text") or "" for each in deltas if each)
+
+
+@pytest.mark.parametrize("first_streams", [True, False])
+@pytest.mark.parametrize(
+    ("path", "limit_name"), [("/v1/messages", "max_tokens"), ("/v1/responses", "max_output_tokens")]
+)
+def test_messages_and_responses_are_cut_as_the_engine_would_end_them(
+    http: httpx.Client, path: str, limit_name: str, first_streams: bool
+) -> None:
+    """Body and stream at every limit: text, stop reason or status, usage, and all else."""
+    mark = {"top_p": 0.9 + 0.01 * first_streams}
+    body = asked_in(path, **mark, **{limit_name: 16})
+    assert http.post(path, json=body | {"stream": first_streams}, headers=ANEW).headers["x-cache"] == "miss"
+    assert nameless(told(http.post(path, json=body, headers=ONLY_CACHED))) == nameless(own_answer(http, path, body))
+    served = 0
+    for limit in range(1, 16):
+        shorter = body | {limit_name: limit}
+        cut = http.post(path, json=shorter, headers=ONLY_CACHED)
+        if cut.status_code == 504:  # its boundary is not known; then it is not served
+            continue
+        served += 1
+        assert nameless(told(cut)) == nameless(own_answer(http, path, shorter)), limit
+        stream = http.post(path, json=shorter | {"stream": True}, headers=ONLY_CACHED).text
+        own = http.post(path, json=shorter | {"stream": True}, headers=UNSAVED).text
+        assert said_by(stream) == said_by(own)
+        assert kinds(stream) == kinds(own)
+        assert ending(stream) == ending(own)
+    assert served >= 9, "two tokens come in one event at times, on a busy machine"
+
+
+def kinds(stream: str) -> list[str]:
+    """What comes after what; how many tokens come in one delta is the machine's to say."""
+    return [kind for kind, _ in groupby(each["type"] for each in payloads(stream))]
+
+
+def ending(stream: str) -> list[Any]:
+    """What the last events say, made-up names and their numbers aside."""
+    return [_anonymous(each) for each in payloads(stream)[-2:]]
+
+
+def _anonymous(event: dict[str, Any]) -> dict[str, Any]:
+    made_up: dict[str, Any] = {"sequence_number": None}
+    if "response" in event:
+        made_up["response"] = nameless(event["response"]) | {"id": None}
+    if "item" in event:
+        made_up["item"] = event["item"] | {"id": None}
+    return event | made_up
+
+
+def test_responses_that_ended_by_themselves_serve_the_limits_from_there_on_as_the_engine_tells_them(
+    http: httpx.Client,
+) -> None:
+    """The body repeats the limit: the one that was asked for, or what the model has room for."""
+    body = asked_in("/v1/responses") | {"input": "What is the capital of France?"}
+    for first in (body, body | {"top_p": 0.98, "max_output_tokens": 60}):
+        ended = http.post("/v1/responses", json=first, headers=ANEW).json()
+        assert ended["status"] == "completed"
+        length = ended["usage"]["output_tokens"]
+        for limit in (length, length + 1, 60):
+            served = http.post("/v1/responses", json=first | {"max_output_tokens": limit}, headers=ONLY_CACHED)
+            own = own_answer(http, "/v1/responses", first | {"max_output_tokens": limit})
+            assert nameless(told(served)) == nameless(own), limit
+        beyond = ended["max_output_tokens"] + 1
+        refused = http.post("/v1/responses", json=first | {"max_output_tokens": beyond}, headers=ONLY_CACHED)
+        assert refused.status_code == 504, "what the engine would tell is not known"
 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/messages"])

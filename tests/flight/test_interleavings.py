@@ -1,13 +1,14 @@
 """Every order of leading, following, leaving and dying that hypothesis finds, on a real Redis.
 
 Two servers' flights live in one loop. Dying is what a SIGKILL is to the others: nothing is released, nothing is said
-any more. Whoever is aboard a server that lives gets the whole text, each word once.
+any more. Whoever is aboard a server that lives gets the whole text, each word once; and so does who lost the
+connection and came back, to whichever server, also where flights meet their limit and are closed.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
+import contextlib
 import json
 import secrets
 from collections.abc import AsyncGenerator
@@ -17,13 +18,23 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from app.cache.link import Link
 from app.domain import Endpoint, Timings
-from app.flight.flight import Flight, Ticket
+from app.errors import StreamLost
+from app.flight.flight import Flight, Seat, Ticket
 from app.flight.flights import Flights
+from app.flight.names import Position, position
 from app.flight.ride import Ride
+from app.settings import Settings
 from tests.conftest import RedisServer, make_settings
 
 WORDS = [f"w{number} " for number in range(8)]
@@ -69,10 +80,9 @@ class World:
 
 
 class Server:
-    def __init__(self, home: Path, redis: RedisServer, namespace: str) -> None:
-        options = make_settings(home, redis, redis_namespace=namespace, flight_lease_s=LEASE_S)
-        self.link = Link(options, redis.url)
-        self.flights = Flights(options, self.link, redis.url, is_alone=False)
+    def __init__(self, options: Settings, url: str) -> None:
+        self.link = Link(options, url)
+        self.flights = Flights(options, self.link, url, is_alone=False)
 
     async def die(self) -> None:
         async def silence(_: object) -> None:
@@ -83,28 +93,50 @@ class Server:
         await self.link.close()
 
 
+OWNER = "tenant t"
+
+
 @dataclass
 class Client:
     server: Server
+    is_kept: bool = False
     text: str = ""
     is_whole: bool = False
+    seen: Position | None = None
     task: asyncio.Task[None] | None = None
 
     async def ask(self, world: World, key: str) -> None:
-        ticket = Ticket(key, Endpoint.CHAT, "tenant t", "m@0", is_stream=True, is_shared=True, is_kept=False)
-        with self.server.flights.board(ticket, world.fly, is_streaming=True) as seat:
-            answer = await Ride(seat, True, False, {}, Timings()).answer()
-            async for event in answer.events:
-                if event == b"data: [DONE]\n\n":
-                    self.is_whole = True
-                else:
-                    self.text += json.loads(event[6:])["choices"][0]["delta"].get("content") or ""
+        ticket = Ticket(key, Endpoint.CHAT, OWNER, "m@0", is_stream=True, is_shared=True, is_kept=self.is_kept)
+        with self.server.flights.board(ticket, world.fly, is_streaming=True, position=self.seen) as seat:
+            await self._read(seat)
+
+    async def come_back(self, world: World, key: str) -> None:
+        """As a POST with `Last-Event-ID` does: the stream if it is here, else aboard whatever flies of it, or anew."""
+        while not self.is_whole:
+            with contextlib.suppress(StreamLost):  # its server died after all: once more
+                if self.seen is not None:
+                    async with self.server.flights.resume(self.seen, [OWNER], here_alone=True) as seat:
+                        if seat is not None:
+                            await self._read(seat)
+                            continue
+                await self.ask(world, key)
+
+    async def _read(self, seat: Seat) -> None:
+        answer = await Ride(seat, True, False, {}, Timings()).answer()
+        async for event in answer.events:
+            head, _, data = event.rpartition(b"data: ")
+            if head:
+                self.seen = position(head[4:].strip().decode())
+            if data == b"[DONE]\n\n":
+                self.is_whole = True
+            else:
+                self.text += json.loads(data)["choices"][0]["delta"].get("content") or ""
 
 
 class Interleavings(RuleBasedStateMachine):
     redis: RedisServer
     home: Path
-    numbers = itertools.count()
+    resume_s = 0.0
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,7 +152,14 @@ class Interleavings(RuleBasedStateMachine):
         self.servers = [self._server(), self._server()]
 
     def _server(self) -> Server:
-        return Server(self.home, self.redis, self.namespace)
+        options = make_settings(
+            self.home,
+            self.redis,
+            redis_namespace=self.namespace,
+            flight_lease_s=LEASE_S,
+            stream_resume_s=self.resume_s,
+        )
+        return Server(options, self.redis.url)
 
     def run(self, work) -> None:
         self.runner.run(work)
@@ -128,7 +167,7 @@ class Interleavings(RuleBasedStateMachine):
     @rule(at=st.integers(0, 1))
     def ask(self, at: int) -> None:
         async def asking() -> None:
-            client = Client(self.servers[at])
+            client = Client(self.servers[at], is_kept=self.resume_s > 0)
             client.task = asyncio.create_task(client.ask(self.world, self.key))
             self.clients.append(client)
             await asyncio.sleep(0.02)  # time to board; the loop stands still between the rules
@@ -153,7 +192,9 @@ class Interleavings(RuleBasedStateMachine):
     @rule(at=st.integers(0, 1))
     def die(self, at: int) -> None:
         """A server is killed, its clients with it, and another starts in its place."""
+        self._die(at)
 
+    def _die(self, at: int) -> None:
         async def dying() -> None:
             dead = self.servers[at]
             theirs = [client for client in self.clients if client.server is dead]
@@ -200,13 +241,70 @@ class Interleavings(RuleBasedStateMachine):
             self.runner.close()
 
 
+class ComingBack(Interleavings):
+    """Clients lose their connections, also with the server, and come back; flights may be closed for their size."""
+
+    resume_s = 30.0
+
+    def __init__(self) -> None:
+        self.limit_bytes: int | None = None
+        self.lost: list[Client] = []
+        super().__init__()
+
+    @initialize(limit_bytes=st.sampled_from([None, 600, 1200]))
+    def limit(self, limit_bytes: int | None) -> None:
+        self.limit_bytes = limit_bytes
+        for server in self.servers:
+            self._limit(server)
+
+    def _server(self) -> Server:
+        server = super()._server()
+        self._limit(server)
+        return server
+
+    def _limit(self, server: Server) -> None:
+        if self.limit_bytes:
+            server.flights._hold._each_bytes = self.limit_bytes
+
+    @precondition(lambda self: self.clients)
+    @rule(data=st.data())
+    def lose(self, data: st.DataObject) -> None:
+        client = self.clients.pop(data.draw(st.integers(0, len(self.clients) - 1)))
+        self.run(self._gone([client]))
+        self.lost.append(client)
+
+    @rule(at=st.integers(0, 1))
+    def die(self, at: int) -> None:
+        self.lost += [client for client in self.clients if client.server is self.servers[at]]
+        self._die(at)
+
+    @precondition(lambda self: self.lost)
+    @rule(data=st.data(), at=st.integers(0, 1))
+    def come_back(self, data: st.DataObject, at: int) -> None:
+        self.run(self._back(self.lost.pop(data.draw(st.integers(0, len(self.lost) - 1))), self.servers[at]))
+
+    async def _back(self, client: Client, server: Server) -> None:
+        client.server = server
+        client.task = asyncio.create_task(client.come_back(self.world, self.key))
+        self.clients.append(client)
+        await asyncio.sleep(0.02)
+
+    def teardown(self) -> None:
+        for client in self.lost:
+            self.run(self._back(client, self.servers[0]))
+        super().teardown()
+
+
 @pytest.mark.timeout(300)
-def test_every_interleaving_gives_everybody_the_whole_text(shared_redis: RedisServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("machine", "examples"), [(Interleavings, 15), (ComingBack, 12)])
+def test_every_interleaving_gives_everybody_the_whole_text(
+    shared_redis: RedisServer, tmp_path: Path, machine: type[Interleavings], examples: int
+) -> None:
     Interleavings.redis, Interleavings.home = shared_redis, tmp_path
     run_state_machine_as_test(
-        Interleavings,
+        machine,
         settings=settings(
-            max_examples=15,
+            max_examples=examples,
             stateful_step_count=12,
             deadline=None,
             derandomize=True,

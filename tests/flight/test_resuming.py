@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import secrets
 import ssl
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -16,7 +18,9 @@ import pytest
 
 from app.flight.names import position
 from app.gate.keys import KeyFile
-from tests.conftest import Running, chat, until
+from app.main import find_weights
+from app.settings import Settings
+from tests.conftest import RedisServer, Running, chat, start_process, until
 from tests.flight.asking import CHAT, Asking, on_loop, script_of
 
 RESUME_S = 20.0
@@ -148,6 +152,44 @@ def test_the_same_post_with_last_event_id_goes_on_too(two: tuple[Running, Runnin
         assert cut(running.url, CHAT, chat(), 1000, **{"last-event-id": seen}) == whole[4:]
     assert len(here.engine.calls) == flown
     assert there.engine.calls == []
+
+
+def test_a_client_whose_server_was_killed_goes_on_at_another(
+    serve: Callable[..., Running], shared_redis: RedisServer, tmp_path: Path
+) -> None:
+    """Nobody else was aboard: the server that it comes back to takes the flight over."""
+    options = {
+        "redis_namespace": f"killed{secrets.token_hex(4)}",
+        "flight_lease_s": 0.6,
+        "stream_resume_s": RESUME_S,
+        "scripted_tokens_per_s": 20.0,
+    }
+    there = serve(weights=find_weights(Settings(engine="scripted"), lambda _: None), **options)
+    environment = {f"REFRAIN_{name.upper()}": str(value) for name, value in options.items()}
+    environment |= {"REFRAIN_REDIS_URL": shared_redis.url, "REFRAIN_REDIS_TIMEOUT_S": "1"}
+    dying = start_process(tmp_path / "other", tmp_path / "log", "--engine", "scripted", **environment)
+    body = chat("to be gone on with", max_tokens=30, stream=True)
+    seen: list[tuple[str | None, bytes]] = []
+    try:
+        with (
+            httpx.Client(base_url=dying.url, timeout=30) as client,
+            client.stream("POST", CHAT, json=body) as response,
+            contextlib.suppress(httpx.HTTPError),
+        ):
+            for event in events(response):
+                seen.append(event)
+                if len(seen) == 5:
+                    dying.process.kill()
+    finally:
+        dying.process.kill()
+        dying.process.wait()
+    assert len(seen) >= 5
+    back = cut(there.url, CHAT, body, 1000, **{"last-event-id": seen[-1][0]})
+    # What is named anew is left out: the whole is asked of the other server alone.
+    whole = cut(there.url, CHAT, body | {"cache": {"no_store": True, "no_cache": True}}, 1000)
+    assert [data.split(b'"delta":')[-1] for _, data in [*seen, *back]] == [
+        data.split(b'"delta":')[-1] for _, data in whole
+    ]
 
 
 def test_a_post_goes_on_from_the_recording_when_the_stream_is_gone(serve: Callable[..., Running]) -> None:

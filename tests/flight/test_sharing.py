@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from app.engine import Phase
-from app.errors import EngineDown, EngineFailed
+from app.errors import AppError, EngineDown, EngineFailed, QueueFull, QueueShareUsed
 from app.gate.keys import KeyFile
 from tests.conftest import RedisServer, Running, chat, start_process, until
 from tests.flight.asking import CHAT, Asking, on_loop, script_of
@@ -116,7 +116,7 @@ def test_a_failure_reaches_every_follower_as_a_failure(serve: Callable[..., Runn
 
 
 def boarded(running: Running) -> int:
-    return sum(flight.seats for flight in running.app.state.service.flights._by_key.values())
+    return sum(len(flight.seats) for flight in running.app.state.service.flights._by_key.values())
 
 
 @pytest.mark.parametrize("fields", [{"temperature": 1}, {"cache": {"no_cache": True}}, {"cache": {"no_store": True}}])
@@ -186,15 +186,18 @@ def test_a_failure_elsewhere_is_told_with_its_own_status(two: tuple[Running, Run
         assert "engine_error" in "".join(each.lines)
 
 
-def test_followers_elsewhere_carry_on_what_a_leader_has_no_engine_for(two: tuple[Running, Running]) -> None:
-    """503 is about a server, not about the call: its own clients hear it, the others do not."""
+@pytest.mark.parametrize("error", [EngineDown("the engine stopped"), QueueFull("full"), QueueShareUsed("too many")])
+def test_followers_elsewhere_carry_on_what_a_leader_has_no_engine_for(
+    two: tuple[Running, Running], error: AppError
+) -> None:
+    """503 is about a server, and 429 about a tenant, not about the call: its own clients hear it, the others do not."""
     here, there = two
     leader, script = Asking(here.url, chat(stream=True)), script_of(here)
     on_loop(here, script.say, WORDS[0])
     follower = Asking(there.url, chat(stream=True))
     until(lambda: follower.text == WORDS[0])
-    on_loop(here, script.fail, EngineDown("the engine stopped while it worked on this call"))
-    assert leader.done().payloads[-1]["error"]["code"] == "engine_down"
+    on_loop(here, script.fail, error)
+    assert leader.done().payloads[-1]["error"]["code"] == error.code
     again = script_of(there)
     for word in WORDS[:3]:
         on_loop(there, again.say, word)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from app.domain import Priority
 from app.errors import StartRefused, Unauthenticated
 from app.gate import keys
 from app.gate.keys import Gate, KeyFile
@@ -201,4 +202,17 @@ def test_a_broken_file_closes_a_door_that_was_open(file: KeyFile, path: Path, cl
 def test_the_file_is_plain_json_that_an_operator_can_read(file: KeyFile, path: Path) -> None:
     file.create("shop", admin=True)
     (row,) = json.loads(path.read_text())
-    assert set(row) == {"id", "tenant", "sha256", "created", "admin"}
+    assert set(row) == {"id", "tenant", "sha256", "created", "admin", "priority"}
+
+
+def test_a_key_may_be_for_work_in_bulk_and_older_files_say_nothing_of_it(file: KeyFile, path: Path) -> None:
+    bulk = file.create("night", priority=Priority.BATCH)[0]
+    rows = json.loads(path.read_text())
+    assert rows[0]["priority"] == "batch"
+    old = file.create("shop")[0]
+    rows = json.loads(path.read_text())
+    del rows[1]["priority"]
+    path.write_text(json.dumps(rows))
+    gate = Gate(file)
+    assert gate.admit(bulk).priority is Priority.BATCH
+    assert gate.admit(old).priority is Priority.INTERACTIVE

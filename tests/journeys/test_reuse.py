@@ -36,6 +36,21 @@ def test_a_longer_answer_serves_smaller_limits_cut_at_the_token(server: Running)
     assert post(server, chat(max_tokens=12)).headers["x-cache"] == "hit", "and the longer one serves them all"
 
 
+def test_messages_are_cut_too_in_either_form(server: Running) -> None:
+    body = chat(max_tokens=12)
+    with server.client() as client:
+        whole = client.post("/v1/messages", json=body).json()["content"][0]["text"]
+        cut = client.post("/v1/messages", json=body | {"max_tokens": 5})
+        streamed = client.post("/v1/messages", json=body | {"max_tokens": 5, "stream": True})
+    words = "".join(f"{word} " for word in whole.split()[:5])
+    assert (cut.headers["x-cache"], streamed.headers["x-cache"]) == ("hit", "hit")
+    assert cut.json()["content"] == [{"type": "text", "text": words}]
+    assert (cut.json()["stop_reason"], cut.json()["usage"]["output_tokens"]) == ("max_tokens", 5)
+    kinds = [line[7:] for line in streamed.text.splitlines() if line.startswith("event: ")]
+    assert kinds[:2] == ["message_start", "content_block_start"]
+    assert kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
+
+
 def test_what_cannot_be_cut_is_kept_beside_and_both_stay_hits(server: Running) -> None:
     """A tool call cut short is none; so each limit has an answer of its own, and neither drives the other out."""
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
@@ -141,6 +156,51 @@ def test_who_shares_answers_is_the_servers_setting_alone(
         assert (post(running, chat(), **other).headers["x-cache"] == "hit") is is_shared
     widened = post(running, chat("new", cache={"scope": "global"}), **first)
     assert widened.status_code == 400, "a request cannot widen it"
+
+
+def everything_in(redis_server: RedisServer) -> bytes:
+    """Every value that it holds, strings and streams, and every name."""
+    client = redis.Redis(unix_socket_path=str(redis_server.directory / "r.sock"))
+    values = []
+    for name in client.keys("*"):
+        kind = client.type(name)
+        values += [name, client.get(name) or b"" if kind == b"string" else repr(client.xrange(name)).encode()]
+    return b"".join(values)
+
+
+@pytest.mark.parametrize("encrypts", [False, True])
+def test_encrypted_redis_holds_no_word_of_an_answer_and_serves_it_all_the_same(
+    serve: Callable[..., Running], own_redis: RedisServer, encrypts: bool
+) -> None:
+    """Recordings and live streams; without encryption the words are there to be found, so the test can fail."""
+    options = {"redis_namespace": "r", "cache_secret": "s" * 32, "cache_encrypt": encrypts, "stream_resume_s": 30}
+    here, there = (serve(own_redis, **options, cache_near_mib=0, is_driven=True) for _ in range(2))
+    asked, script = Asking(here.url, chat(stream=True)), script_of(here)
+    on_loop(here, script.say, "confidential ")
+    follower = Asking(there.url, chat(stream=True))
+    until(lambda: "confidential" in follower.text)
+    on_loop(here, script.finish)
+    assert asked.done().text == follower.done().text == "confidential "
+    assert post(there, chat()).headers["x-cache"] == "hit"
+    assert (b"confidential" in everything_in(own_redis)) is not encrypts
+
+
+def test_what_cannot_be_decrypted_is_a_miss_and_counted_and_an_older_secret_opens_it(
+    serve: Callable[..., Running], own_redis: RedisServer
+) -> None:
+    options = {"redis_namespace": "r", "cache_encrypt": True, "cache_near_mib": 0}
+    before, rotated = serve(own_redis, **options, cache_secret="a" * 32), "b" * 32
+    assert post(before, chat()).headers["x-cache"] == "miss"
+    patient = serve(own_redis, **options, cache_secret=rotated, cache_old_secrets=f"{'c' * 16}, {'a' * 32}")
+    assert post(patient, chat()).headers["x-cache"] == "hit"
+    hasty = serve(own_redis, **options, cache_secret=rotated)
+    with hasty.client() as client:
+        counted = 'refrain_cache_errors_total{cause="corrupt"}'
+        said = client.get("/metrics").text
+        corrupt = float(said.split(f"{counted} ")[1].split()[0]) if counted in said else 0.0
+        assert post(hasty, chat()).headers["x-cache"] == "miss"
+        assert f"{counted} {corrupt + 1}" in client.get("/metrics").text
+    assert post(hasty, chat()).headers["x-cache"] == "hit"
 
 
 def test_with_a_secret_nobody_else_can_plant_an_answer(serve: Callable[..., Running], own_redis: RedisServer) -> None:

@@ -245,7 +245,7 @@ def test_what_all_processes_count_is_added_up_and_logged_once(house: House) -> N
         'refrain_calls_total{cache="bypass"',
         "refrain_cache_bypass_total",
         'refrain_call_seconds_count{cache="hit"}',
-        'refrain_tokens_saved_total{kind="completion"}',
+        'refrain_tokens_saved_total{kind="completion"',
     )
     before = [house.metric(name) for name in names]
     marked = {"x-request-id": "counted.once"}

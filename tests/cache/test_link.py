@@ -1,0 +1,101 @@
+"""Whatever redis-py may raise, nobody but the link's own room ever sees it: each class is tried, new ones too."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis.exceptions
+
+from app.cache.link import Link
+from app.cache.recording import Recording
+from app.cache.store import Slot, Store
+from app.domain import Call, Caller, Endpoint, Form
+from app.errors import RedisDown
+from app.flight.flights import Flights
+from app.flight.lease import Leases
+from app.flight.live import Following
+from app.settings import Settings
+from tests.conftest import RedisServer, chat, make_settings
+
+ONE = Recording(Form.BODY, 1.7e9, "chatcmpl-1", 1, b"{}", b"", b"", 3, 5, 0.25, 4e9, "m@0")
+SLOT = Slot("t", "m", "k" * 64)
+
+
+def raised() -> list[BaseException]:
+    """One of each: of redis-py, and of the system."""
+    kinds = [kind for _, kind in inspect.getmembers(redis.exceptions, inspect.isclass) if issubclass(kind, Exception)]
+    of_redis = [kind for kind in kinds if kind.__module__ == "redis.exceptions"]
+    assert len(of_redis) > 30
+    # Redirections are made of what the server says: a slot and a node.
+    ours = [kind("1 127.0.0.1:7000" if issubclass(kind, redis.exceptions.AskError) else "said") for kind in of_redis]
+    return [*ours, OSError("said"), ConnectionResetError(), BrokenPipeError(), TimeoutError()]
+
+
+class Raising:
+    """A client all of whose commands fail."""
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def __getattr__(self, _: str) -> Any:
+        async def fails(*_: Any, **__: Any) -> Any:
+            raise self._error
+
+        return fails
+
+
+@pytest.fixture(params=raised(), ids=lambda error: type(error).__name__)
+async def broken(request: pytest.FixtureRequest, tmp_path: Path, shared_redis: RedisServer) -> AsyncIterator[Any]:
+    settings = make_settings(tmp_path, shared_redis)
+    link = Link(settings, shared_redis.url)
+    await link.client.aclose()
+    link.client = Raising(request.param)
+    yield settings, link
+    await link.close()
+
+
+async def test_a_question_raises_ours_or_that_it_was_wrong_for_its_key(broken: tuple[Settings, Link]) -> None:
+    _, link = broken
+    with pytest.raises((RedisDown, redis.exceptions.ResponseError)):
+        await link.ask(lambda client: client.get("name"))
+
+
+async def test_the_store_reads_a_miss_and_writes_nothing(broken: tuple[Settings, Link]) -> None:
+    settings, link = broken
+    store = Store(settings, link)
+    assert await store.find(SLOT) is None
+    link._up = True  # as if it were the first to notice
+    assert await store.keep(SLOT, ONE) is False
+
+
+async def test_flights_and_claims_go_on_without_redis(broken: tuple[Settings, Link]) -> None:
+    settings, link = broken
+    leases = Leases(settings, link)
+    for question in (lambda: leases.board("k" * 64, "u"), lambda: leases.leave("k" * 64), lambda: leases.is_held("k")):
+        link._up = True
+        with pytest.raises(RedisDown):
+            await question()
+    flights = Flights(settings, link, settings.redis_url.get_secret_value(), is_alone=False)
+    link._up = True
+    assert await flights.claims.claim(Call(Endpoint.CHAT, chat(), Caller(), "r"), "key")
+    link._up = True
+    with pytest.raises(RedisDown):
+        await flights._reader.follow("u" * 24, lambda _: None)
+    await flights.close()
+
+
+async def test_the_reader_of_live_streams_tries_again(broken: tuple[Settings, Link]) -> None:
+    settings, link = broken
+    reader = Flights(settings, link, settings.redis_url.get_secret_value(), is_alone=False)._reader
+    reader._client = link.client
+    reader._following.add(Following("n", "u" * 24, lambda _: None))
+    reading = asyncio.create_task(reader._read_on())
+    await asyncio.sleep(0.02)
+    assert not reading.done()
+    reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
