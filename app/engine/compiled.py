@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable
 from vllm.compilation.caching import aot_compile_hash_factors
-from vllm.config import CompilationMode
+from vllm.config import CompilationMode, set_current_vllm_config
 from vllm.model_executor.custom_op import CustomOp
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -70,11 +70,12 @@ class Worker(CPUWorker):  # type: ignore[misc]
         """Undo what was prepared for a compiler: parts in plain PyTorch for it to fuse, instead of kernels."""
         self.compilation_config.mode = CompilationMode.NONE
         self.compilation_config.custom_ops = ["all"]
-        for part in self.model_runner.get_model().modules():
-            if hasattr(part, "do_not_compile"):
-                part.do_not_compile = True
-            if isinstance(part, CustomOp):
-                part._forward_method = part.dispatch_forward(compile_native=False)
+        with set_current_vllm_config(self.vllm_config):
+            for part in self.model_runner.get_model().modules():
+                if hasattr(part, "do_not_compile"):
+                    part.do_not_compile = True
+                if isinstance(part, CustomOp):
+                    part._forward_method = part.dispatch_forward(compile_native=False)
 
 
 def _first_line(error: BaseException) -> str:

@@ -59,7 +59,10 @@ def test_a_model_that_does_not_compile_runs_eagerly_and_says_the_same(tmp_path: 
     broken.write_text("#!/bin/sh\necho no space left >&2\nexit 1\n")
     broken.chmod(0o755)
     said = {}
-    for name, environment in {"eager": {"REFRAIN_COMPILE": "false"}, "broken": {"CXX": str(broken)}}.items():
+    for name, environment in {
+        "eager": {"REFRAIN_COMPILE": "false"},
+        "broken": {"REFRAIN_COMPILE": "true", "CXX": str(broken)},
+    }.items():
         out = tmp_path / f"{name}.json"
         done = subprocess.run(
             [sys.executable, "-m", "app.engine.trial", str(model), "--out", str(out)],
