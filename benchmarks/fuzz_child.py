@@ -17,7 +17,7 @@ CORPUS = Path(__file__).resolve().parents[1] / ".cache" / "fuzz"
 
 def _fuzz(target: str, seconds: float, seed: int) -> None:
     if importlib.util.find_spec("atheris") is None:
-        print("no atheris on this Python: blind mutation of good inputs, without coverage")
+        print("no atheris here (pip install atheris): blind mutation of good inputs, without coverage")
         count = mutated(target, seed, until=time.monotonic() + seconds)
         print(f"{count} runs in {seconds:.0f} s")
         return
