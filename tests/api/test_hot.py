@@ -241,3 +241,15 @@ def test_what_a_header_asks_for_is_done(server: Running, headers: dict[str, str]
             assert response.headers.get("x-cache") == status
             assert response.status_code == (200 if status else 415)
             assert response.headers.get("connection") == headers.get("connection")
+
+
+def test_a_client_that_is_silent_after_a_hot_hit_is_told_nothing(serve: Callable[..., Running]) -> None:
+    """What it reads next would be taken for the answer to its next request."""
+    server = serve(header_timeout_s=1.0, idle_timeout_s=15)
+    body = chat("then nothing", max_tokens=3)
+    primed(server, body)
+    with connected(server) as connection:
+        for _ in range(2):  # the second time the question is known by these bytes
+            connection.sendall(raw(body))
+            assert received(connection)[0][1]["x-cache"] == "hit"
+        assert connection.recv(65536) == b""
