@@ -175,7 +175,7 @@ class Admission:
         now = self._clock()
         while (entry := self._queue.next(now)) is not None:
             entry.enter()
-        self._drain.note(now, self._done, is_busy=self._queue.calls() > 0)
+        self._drain.note(now, self._done, is_busy=self._queue.is_behind)
 
     # --- what there is room for ----------------------------------------------------------------
 

@@ -75,7 +75,7 @@ def _octave(limit: int | None) -> int:
 
 
 class Drain:
-    """The cost that the engine works off in a second, measured while calls wait for it: only then is it all it can do.
+    """The cost that the engine works off in a second, measured while it is behind: only then is it all it can do.
 
     Older time counts less: what was measured `_FADE_S` busy seconds ago weighs half.
     """
@@ -92,7 +92,7 @@ class Drain:
         self._is_busy = False
 
     def note(self, now: float, done: float, *, is_busy: bool) -> None:
-        """`done`: all cost worked off so far; `is_busy`: whether calls wait from now on, until the next note."""
+        """`done`: all cost worked off so far; `is_busy`: whether it is behind from now on, until the next note."""
         passed = now - self._at
         if self._is_busy and passed < self._STEP_S and is_busy:
             return
