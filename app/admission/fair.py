@@ -7,9 +7,9 @@ end: else a tenant enters many calls before the first is counted. The counter it
 only what was served.
 
 Beyond the paper, for the time to the first token: while an interactive *party* (a tenant in one class) is there, or was
-lately, the others leave a share of the places free, and those that were served more send one quantum of prompts at a
-time through the engine. So its next call finds a place, and at most one prefill ahead of it. A party alone is never
-held back.
+lately, the others leave a share of the places free, and a prompt of who was served more waits while more than a quantum
+is in prefill of its own party and of those that were served less. So who was served least finds a place, and at most
+one prefill ahead of it. A party alone is never held back.
 """
 
 from __future__ import annotations
@@ -212,20 +212,29 @@ class FairQueue:
         party, places, work = entry.party, self.places, entry.work
         if places.sequences is not None and self._sequences and self._sequences + work.sequences > places.sequences:
             return False
-        if not party.running or not self._has_rival(party, now):
+        if not self._has_rival(party, now):
             return True
         if places.shared is not None and party.sequences + work.sequences > places.shared:
             return False
         if places.kv_tokens is not None and self._tokens + work.tokens > places.kv_tokens:
             return False
-        if not party.prefilling or party.prefilling + work.prompt_tokens <= places.quantum:
+        less = self._served_less(party, now)
+        if not less and party.priority is Priority.INTERACTIVE:
             return True
-        return party.priority is Priority.INTERACTIVE and self._is_served_least(party.tenant, now)
+        ahead = party.prefilling + sum(other.prefilling for other in less)
+        return not ahead or ahead + work.prompt_tokens <= places.quantum
 
-    def _is_served_least(self, tenant: str, now: float) -> bool:
-        """Whether nobody that is there, or was lately, has had less: who is below its share need not go slowly."""
-        others = {other.tenant for other in self.parties.values() if self._is_there(other, now)} - {tenant}
-        return all(self._charged(tenant) <= self._charged(other) for other in others)
+    def _served_less(self, party: Party, now: float) -> list[Party]:
+        """The interactive others that are there, or were lately, and have had less."""
+        charged = self._charged(party.tenant)
+        return [
+            other
+            for other in self.parties.values()
+            if other.tenant != party.tenant
+            and other.priority is Priority.INTERACTIVE
+            and self._is_there(other, now)
+            and self._charged(other.tenant) < charged
+        ]
 
     def _is_there(self, party: Party, now: float) -> bool:
         return party.running > 0 or bool(party.waiting) or now - party.seen < LATELY_S
