@@ -9,7 +9,7 @@ BIN := .venv/bin
 HOST_GIVEN := $(if $(findstring command line,$(origin HOST)),$(HOST))
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check fix bench finetune clean lock
+.PHONY: help serve test check audit fix bench finetune clean lock
 
 help:
 	@echo "Refrain: serve a model behind the OpenAI API, and compute no answer twice."
@@ -41,6 +41,10 @@ fix: ## format and repair what ruff can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/python -m app.settings_table README.md
+
+audit: ## look for known vulnerabilities of the locked dependencies; asks PyPI about each
+	@$(SET_UP) --for test
+	$(BIN)/python -m pip_audit --disable-pip --no-deps $(foreach lock,cpu gpu train dev,-r deploy/lock/$(lock).txt) $(ARGS)
 
 bench: ## measure hits, misses and peers on this machine; ARGS= goes to the benchmarks
 	@$(SET_UP) --for test

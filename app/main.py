@@ -17,8 +17,11 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
 from app import __version__
+from app.api.bounds import BOUNDS, Bounds
+from app.api.browsers import METHODS, READABLE, Browsers
 from app.api.docs import mount_docs
 from app.api.edge import Edge, Ends
 from app.api.hot import GIVE, STATE, HotHits, HotProtocol
@@ -31,10 +34,13 @@ from app.engine import Engine, Meter, cpu, room_for
 from app.errors import StartRefused
 from app.flight.flights import Flights
 from app.gate.keys import Gate, KeyFile
+from app.gate.limits import defaults
+from app.gate.quotas import Quotas
 from app.ledger.ledger import Ledger
 from app.observe.access import AccessLog
+from app.observe.traces import Tracer
 from app.service import Service
-from app.settings import Settings
+from app.settings import Settings, listed
 from app.swap import Sources, Swapper
 from app.weights import DEFAULT_MODEL, DigestMemo, InUse, Registry, Witness, pull_default, resolve, resolve_adapter
 from app.workers import Pool
@@ -71,6 +77,7 @@ def create_app(
     meter = engine.meter if engine else Meter(settings.devices)
     first = engine or make_engine(settings, weights, on_progress, adapters=adapters, meter=meter)
     service = Service(settings, weights, first, Store(settings, link), flights, adapters)
+    quotas = Quotas(settings, link)
     in_use = InUse(settings.home / "serving")
     pool = Pool(settings, url, service, gate)
 
@@ -81,6 +88,7 @@ def create_app(
     swapper = Swapper(service, sources or swap_sources(settings, meter=meter), watch_s=settings.watch_s, tell=tell)
 
     access = AccessLog(settings.log_format) if settings.access_log else None
+    tracer = open_tracer() if settings.traces else None
     ledger = Ledger(settings, meter) if settings.ledger else None
     if ledger is not None:
         flights.on_rest = lambda ticket, device_s: ledger.note_rest(
@@ -92,6 +100,8 @@ def create_app(
         async with AsyncExitStack() as stack:
             if access is not None:
                 await stack.enter_async_context(access)
+            if tracer is not None:
+                stack.push_async_callback(asyncio.to_thread, tracer.close)
             if ledger is not None:  # closed when nothing can be noted any more
                 await stack.enter_async_context(ledger)
             if redis is not None:
@@ -99,6 +109,7 @@ def create_app(
                 await redis.start()
             stack.push_async_callback(link.close)
             await stack.enter_async_context(service.store.opened())
+            await stack.enter_async_context(quotas.opened())
             if engine is None:
                 stack.push_async_callback(end_engines, settings)
             stack.push_async_callback(lambda: service.engine.close())
@@ -108,16 +119,29 @@ def create_app(
             await swapper.start()
             stack.push_async_callback(flights.close)
             stack.push_async_callback(pool.end)
-            yield {STATE: HotHits(answering, ends), GIVE: pool.give if settings.http_workers else None}
+            yield {
+                STATE: HotHits(answering, ends),
+                GIVE: pool.give if settings.http_workers else None,
+                BOUNDS: bounds(settings),
+            }
 
     app = FastAPI(
         title="Refrain", version=__version__, lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None
     )
     app.state.service, app.state.pool = service, pool
-    answering = mount_routes(app, service, gate, settings, swapper, pool.counted)
+    answering = mount_routes(app, service, gate, quotas, settings, swapper, pool.counted)
     mount_docs(app)
-    ends = Ends(access, ledger)
-    app.add_middleware(Edge, direct=answering, ends=ends, text_bytes=settings.ledger_text_bytes)
+    ends = Ends(access, ledger, tracer)
+    browsers = Browsers(gate, frozenset(listed(settings.cors_origins)), frozenset(listed(settings.allowed_hosts)))
+    app.add_middleware(Edge, direct=answering, ends=ends, browsers=browsers, text_bytes=settings.ledger_text_bytes)
+    if browsers.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=sorted(browsers.origins),
+            allow_methods=METHODS,
+            allow_headers=["*"],
+            expose_headers=READABLE,
+        )
     return app
 
 
@@ -131,13 +155,22 @@ def create_service(settings: Settings, weights: Weights) -> Service:
 
 def open_gate(settings: Settings) -> Gate:
     """The gate that the settings allow; raises StartRefused where an open address has no keys."""
-    gate = Gate(KeyFile(settings.keys_path))
+    gate = Gate(KeyFile(settings.keys_path), defaults(settings))
     if gate.is_open and not settings.is_loopback:
         raise StartRefused(
             f"refusing to serve on {settings.host} without API keys: make one with "
             "`refrain keys create --tenant NAME`, or bind 127.0.0.1"
         )
     return gate
+
+
+def open_tracer() -> Tracer:
+    """Raises StartRefused where OpenTelemetry is not installed."""
+    try:
+        from app.observe.otel import OtelTracer
+    except ImportError as error:
+        raise StartRefused(f"REFRAIN_TRACES needs OpenTelemetry: pip install 'refrain[otel]' ({error})") from error
+    return OtelTracer(__version__)
 
 
 def find_weights(settings: Settings, report: Callable[[str], None]) -> Weights:
@@ -338,7 +371,20 @@ def uvicorn_config(settings: Settings, app: FastAPI) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         proxy_headers=False,  # nothing here depends on the client's address
+        ws="none",
+        timeout_keep_alive=settings.idle_timeout_s,
         timeout_graceful_shutdown=max(1, round(settings.drain_s)),
+    )
+
+
+def bounds(settings: Settings) -> Bounds:
+    """What one connection may cost."""
+    return Bounds(
+        settings.max_header_bytes,
+        settings.header_timeout_s,
+        settings.body_timeout_s,
+        settings.write_timeout_s,
+        settings.max_connections,
     )
 
 
@@ -348,6 +394,16 @@ def _bound(settings: Settings) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        return socket.create_server(address[:2], family=family, backlog=2048)
+        listener = socket.create_server(address[:2], family=family, backlog=2048)
     except OSError as error:
         raise StartRefused(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}") from error
+    _notice_the_vanished(listener, settings.write_timeout_s)
+    return listener
+
+
+def _notice_the_vanished(listener: socket.socket, after_s: float) -> None:
+    """A client whose machine is gone says no farewell: the kernel asks for it. Accepted sockets inherit this."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_USER_TIMEOUT", round(after_s * 1000))):
+        if (option := getattr(socket, name, None)) is not None:  # Linux has all three
+            listener.setsockopt(socket.IPPROTO_TCP, option, value)

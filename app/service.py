@@ -20,12 +20,12 @@ import json
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
 
-from app import forms, wire
+from app import counting, forms, wire
 from app.admission import Admission, Turn
 from app.cache import reuse
 from app.cache.explain import Explanation, explain
@@ -38,12 +38,13 @@ from app.cache.reuse import Rule, Shape, reads_the_same_streamed
 from app.cache.store import Slot, Store, age_s, jittered
 from app.domain import Answer, CacheStatus, Call, Caller, Endpoint, Form, Reply, Timings, Weights
 from app.engine import Engine, Phase
-from app.errors import AppError, BadCall, Draining, Incomplete, NotCached, NotFound, UnknownModel
+from app.errors import AppError, BadCall, Draining, Incomplete, NotCached, NotFound, PromptTooLong, UnknownModel
 from app.flight.flight import Flight, Ticket, lost
 from app.flight.flights import Flights
 from app.flight.names import Position
 from app.flight.ride import Ride
 from app.observe import metrics
+from app.observe.traces import span
 from app.serving import Catalog, Serving
 from app.settings import Settings
 
@@ -524,12 +525,17 @@ class Service:
     ) -> AsyncGenerator[bytes, None]:
         began, engine = time.perf_counter(), plan.serving.engine
         await engine.state.ready(self._settings.loading_wait_s)
+        await engine.examine(call)
         async with self._in_turn(call, plan, flight) as turn:
             is_counted = plan.may_write and forms.counts_choices(call, plan.shape, is_stream=flight.is_stream)
             asked = forms.in_engine_form(call, is_stream=flight.is_stream)
             flight.timings = Timings(device_s=flight.timings.device_s, paid_s=flight.timings.paid_s)
             turn.watch(flight.timings)
-            answer = await engine.answer(forms.asking_for_token_ids(asked) if is_counted else asked, flight.timings)
+            asked = forms.asking_for_token_ids(asked) if is_counted else asked
+            try:
+                answer = await engine.answer(asked, flight.timings)
+            except PromptTooLong as error:
+                raise await counting.in_numbers(error, call, plan.serving) from error
             if answer.body is not None:
                 body, choice_tokens = forms.without_token_ids(answer.body) if is_counted else (answer.body, None)
                 await self._record_body(call, plan, flight, standing, body, choice_tokens, began)
@@ -550,10 +556,14 @@ class Service:
         """A place in the engine, which must be one that answers by then. Raises AppError."""
         engine, context = plan.serving.engine, plan.serving.weights.max_model_len
         with metrics.in_flight.track_inprogress(), plan.serving.hold():
-            async with self.admission.turn(call, engine, context, flight.uid) as turn:
-                if engine.state.phase is Phase.LOADING:  # it died while this call waited for it
-                    await engine.state.ready(self._settings.loading_wait_s)
-                yield turn
+            async with AsyncExitStack() as stack:
+                with span("turn"):
+                    turn = await stack.enter_async_context(self.admission.turn(call, engine, context, flight.uid))
+                    if engine.state.phase is Phase.LOADING:  # it died while this call waited for it
+                        await engine.state.ready(self._settings.loading_wait_s)
+                with span("engine") as told:
+                    told.phases = lambda: flight.timings.engine_phases()
+                    yield turn
 
     async def _record_body(
         self,
@@ -620,7 +630,9 @@ class Service:
     async def _keep(self, call: Call, plan: Plan, standing: Recording | None, recording: Recording) -> None:
         """In the family's place if it serves all that stands there serves; else beside it."""
         slot = plan.slot if standing is None or reuse.covers(recording, standing) else plan.exact
-        if slot is not None and await self.store.keep(slot, recording):
+        with span("record"):
+            is_kept = slot is not None and await self.store.keep(slot, recording)
+        if is_kept:
             metrics.recorded.labels(call.endpoint.label).inc()
 
 

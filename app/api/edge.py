@@ -16,11 +16,13 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.body import ClientLeft
+from app.api.browsers import Browsers
 from app.errors import AppError
 from app.ledger.ledger import Ledger
 from app.ledger.record import Record
 from app.observe import logs, metrics
 from app.observe.access import AccessLog
+from app.observe.traces import Tracer
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +41,17 @@ class Edge:
     its response are recorded.
     """
 
-    def __init__(self, app: ASGIApp, *, direct: Mapping[str, ASGIApp], ends: Ends, text_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        direct: Mapping[str, ASGIApp],
+        ends: Ends,
+        browsers: Browsers,
+        text_bytes: int = 0,
+    ) -> None:
         self._app = app
+        self._browsers = browsers
         self._direct = direct
         self._ends = ends
         self._text_bytes = text_bytes
@@ -53,6 +64,8 @@ class Edge:
         token = logs.request_id.set(request_id)
         fields: dict[str, Any] = {}
         scope["refrain"] = fields
+        if self._ends.tracer is not None:
+            fields["trace"] = self._ends.tracer.begin(scope["headers"], scope["method"], scope["path"])
         record = scope["record"] = Record(endpoint=_endpoint(scope["path"]))
         began = time.perf_counter()
         status = 0
@@ -69,6 +82,7 @@ class Edge:
 
         app = self._direct.get(scope["path"], self._app) if scope["method"] == "POST" else self._app
         try:
+            self._browsers.check(scope["headers"])
             await app(scope, receive, send_with_id)
         except ClientLeft:  # there is nobody to answer
             record.finish = "left"
@@ -94,7 +108,8 @@ class Edge:
 class Ends:
     """What is done when a response has ended, whichever way it went."""
 
-    def __init__(self, access: AccessLog | None, ledger: Ledger | None) -> None:
+    def __init__(self, access: AccessLog | None, ledger: Ledger | None, tracer: Tracer | None = None) -> None:
+        self.tracer = tracer
         self._access = access
         self._ledger = ledger
 
@@ -115,6 +130,8 @@ class Ends:
         metrics.child(metrics.responses, str(status)).inc()
         if self._access is not None and path not in _QUIET:
             self._access.note(request_id, method, path, status, seconds * 1000, fields)
+        if self.tracer is not None:
+            self.tracer.note(request_id, method, path, status, seconds, fields)
         if self._ledger is not None and record.tenant:
             record.id, record.status, record.total_s, record.time = request_id, status, seconds, time.time()
             self._ledger.note(record)

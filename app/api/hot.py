@@ -109,6 +109,7 @@ class HotProtocol(CorkedProtocol):
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
+        self.head_is_complete()
         if self._may_be_hot():
             self._held = bytearray()
         else:
@@ -124,6 +125,7 @@ class HotProtocol(CorkedProtocol):
 
     def on_message_complete(self) -> None:
         self._is_asking = False
+        self.message_is_complete()
         if self._held is not None:
             if self._answered(bytes(self._held)):
                 self._let_go()

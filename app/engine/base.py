@@ -110,6 +110,13 @@ class Engine(Protocol):
     async def unload_adapter(self, name: str) -> None:
         """Serve it no more. Nothing happens where there is none of that name."""
 
+    async def examine(self, call: Call) -> None:
+        """Before the call takes a turn: whether what it holds the output to can be compiled in time.
+
+        Raises:
+            BadCall: it cannot. Busy: nobody can tell now.
+        """
+
     async def answer(self, call: Call, timings: Timings | None = None) -> Answer:
         """Generate. A refusal is raised here, before there is an event to send.
 

@@ -15,6 +15,7 @@ from app.engine.running import Running
 from app.engine.steps import watch_steps
 from app.engine.underway import Underway, underway
 from app.errors import AppError, EngineDown, EngineFailed
+from app.observe.traces import carrier
 
 
 def build(args: Any, meter: Meter) -> Any:
@@ -44,6 +45,8 @@ def build(args: Any, meter: Meter) -> Any:
 
         async def generate(self, *given: Any, **options: Any) -> AsyncGenerator[Any, None]:
             about = underway.get() or Underway()
+            if args.otlp_traces_endpoint is not None:  # else vLLM warns that nobody takes its spans
+                options["trace_headers"] = carrier()
             try:
                 async with aclosing(super().generate(*given, **options)) as outputs:
                     async for output in outputs:

@@ -129,7 +129,7 @@ class LastingCore:
                 running.is_in_core, running.has_died = False, True
                 seen[running.underway.key].append(running)
         for key, calls in seen.items():
-            if self.quarantine.died(key, max(len(running.tokens) for running in calls)):
+            if self.quarantine.died(key, max(running.place for running in calls)):
                 for running in calls:
                     self._end(running, self.quarantine.error())
 

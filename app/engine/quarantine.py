@@ -1,7 +1,7 @@
 """Which calls an engine died of.
 
 A core that dies takes down whatever it was working on, so one death accuses many and convicts nobody. But all that ran
-goes on, each from where it was: a call that gets further than it was at the last death did not cause it. One that
+goes on, each from where it was: a call that was somewhere else at the last death did not cause this one. One that
 stands at the same token at two deaths did, and is not let in again for a while. So does a call that was there at
 `MOST_DEATHS`, however far it came: a call may cost an engine so often and not more.
 """
@@ -23,7 +23,7 @@ MOST_CALLS = 4096
 @dataclass(slots=True)
 class _Suspect:
     deaths: int = 0
-    furthest: int = -1
+    place: int = -1
 
 
 class Quarantine:
@@ -39,14 +39,15 @@ class Quarantine:
         self._until.expire()
         return len(self._until)
 
-    def died(self, key: str, tokens: int) -> bool:
-        """The engine died with this call at so many tokens. Whether it is to blame, and kept out from now on."""
+    def died(self, key: str, place: int) -> bool:
+        """The engine died when it had made so many tokens of this call, those counted that it made again. Whether the
+        call is to blame, and kept out from now on."""
         if not (self._seconds and key):  # a probe has none
             return False
         suspect = self._suspects.get(key) or _Suspect()
         suspect.deaths += 1
-        is_guilty = tokens <= suspect.furthest or suspect.deaths >= MOST_DEATHS
-        suspect.furthest = max(suspect.furthest, tokens)
+        is_guilty = place == suspect.place or suspect.deaths >= MOST_DEATHS
+        suspect.place = place
         self._suspects[key] = suspect
         if is_guilty:
             self._until[key] = self._clock() + self._seconds

@@ -48,6 +48,11 @@ class Running:
         return list(detokenizer.output_token_ids) if detokenizer is not None else []
 
     @property
+    def place(self) -> int:
+        """How many of its tokens its core has made: one that makes them again is behind what its client has."""
+        return self.made if self.goal else len(self.tokens)
+
+    @property
     def course(self) -> Course:
         request, tokens = self.request, self.tokens
         if request.resumable or any(each.data is None for each in request.mm_features or ()):

@@ -126,6 +126,9 @@ class ScriptedEngine:
     async def close(self) -> None:
         self.state.become(Phase.DRAINING, "closing")
 
+    async def examine(self, call: Call) -> None:
+        """It compiles nothing."""
+
     async def answer(self, call: Call, timings: Timings | None = None) -> Answer:
         if self.state.phase is Phase.FAILED:
             raise EngineDown("the engine is down", retry_after_s=5)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import hashlib
 import itertools
 import json
 import logging
@@ -34,11 +35,12 @@ from app.engine.handlers import DISPATCH, MARKED, RANKED, TOKENS, having
 from app.engine.measure import measure
 from app.engine.meter import Meter
 from app.engine.quarantine import Quarantine
+from app.engine.rehearsal import Rehearsals
 from app.engine.translation import as_answer, refuse_error_response, translated
 from app.engine.underway import Underway, key_of, underway
 from app.engine.watch import TICK_S, Watch, cpu_seconds, family
 from app.errors import AdapterFailed, EngineDown, SwapFailed
-from app.settings import Settings
+from app.settings import Settings, listed
 from app.weights import Mismatch, fingerprint_of
 
 log = logging.getLogger(__name__)
@@ -83,6 +85,7 @@ class VllmEngine:
         self._handlers: Any = None
         self._life: asyncio.Task[None] | None = None
         self._adapters = {adapter.name: adapter for adapter in adapters}
+        self._rehearsals = Rehearsals(settings.grammar_cpu_s, lambda: self._llm.vllm_config)
 
     # --- life ---------------------------------------------------------------------------------
 
@@ -110,6 +113,7 @@ class VllmEngine:
         if self._life:
             self._life.cancel()
             await asyncio.gather(self._life, return_exceptions=True)
+        await self._rehearsals.close()
         await self._shut_down()
 
     async def _live(self, *, is_loaded: bool = False) -> None:
@@ -324,6 +328,9 @@ class VllmEngine:
 
     # --- answers ------------------------------------------------------------------------------
 
+    async def examine(self, call: Call) -> None:
+        await self._rehearsals.check(call.body, call.caller.tenant)
+
     async def answer(self, call: Call, timings: Timings | None = None) -> Answer:
         return await self._answer(call, timings)
 
@@ -354,7 +361,7 @@ class VllmEngine:
 
     def _asked(self, call: Call) -> dict[str, Any]:
         """The body, with vLLM's own number for the call's class; what is no number vLLM refuses in its own words."""
-        body = dict(call.body)
+        body = _salted(call, self._settings.cache_scope)
         if call.endpoint in RANKED and isinstance(body.get("priority"), int | None):
             is_ranked = self._llm.vllm_config.scheduler_config.policy == "priority"
             body["priority"] = 1 if is_ranked and call.priority is Priority.BATCH else 0
@@ -384,6 +391,16 @@ class VllmEngine:
         if self._handlers is None:
             raise EngineDown("the engine is down", retry_after_s=5)
         return self._handlers
+
+
+def _salted(call: Call, scope: str) -> dict[str, Any]:
+    """The body, with those that may share answers set apart in vLLM's prefix cache too: how soon the first token comes
+    would tell one tenant what another has asked."""
+    given, caller = call.body.get("cache_salt"), call.caller
+    if scope == "global" or not isinstance(given, str | None) or given == "":
+        return dict(call.body)
+    whose = f"{caller.tenant}:{caller.key_id}" if scope == "key" else caller.tenant
+    return call.body | {"cache_salt": hashlib.sha256(f"{whose} {given}".encode("utf-8", "replace")).hexdigest()}
 
 
 # --- building ------------------------------------------------------------------------------------
@@ -445,6 +462,7 @@ def _prepare_environment(settings: Settings) -> None:
         "PYTHONWARNINGS": "ignore",
         "VLLM_ENABLE_RESPONSES_API_STORE": "1" if settings.responses_store else "0",
         "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",  # an allowed host must not lead to one that is not
     }
     if cpu.is_cpu():
         defaults |= cpu.environment(settings)
@@ -478,6 +496,9 @@ def arguments(settings: Settings, weights: Weights) -> list[str]:
         "scheduling_policy": "priority",  # where KV cache runs short, a batch's calls give way first
         "use_tqdm_on_load": False,
         "fingerprint_mode": "none",
+        # A second lock behind `gate/screen.py`: for vLLM an empty list would be every host.
+        "allowed_media_domains": listed(settings.media_hosts) or ["media.invalid"],
+        "trust_request_chat_template": "chat_template" in listed(settings.trusted_fields),
     }
     if places := settings.adapter_places:
         # One more than there are: on a CPU vLLM gives calls without an adapter the last place, which must stay empty.

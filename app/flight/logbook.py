@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from app import wire
 from app.domain import Endpoint
-from app.errors import Diverged, EngineFailed
+from app.errors import Diverged, EngineFailed, Incomplete
 from app.flight.flight import Flight, Ticket
 from app.flight.live import Entry
 
 DIVERGED = "the answer was generated again after its server died, and came out differently; ask again"
+
+# What is raised over events that are no answer's. Who can write to Redis can send those, and the one task that reads
+# for all flights must not end by them.
+_NO_ANSWER = (Incomplete, ValueError, KeyError, TypeError, AttributeError, IndexError)
 
 
 class Unreadable(Exception):
@@ -36,7 +40,7 @@ class LogBook:
             self._take(entry)
         except Diverged:
             self._flight.fail(EngineFailed(DIVERGED))
-        except Unreadable:
+        except (Unreadable, *_NO_ANSWER):
             self.is_unreadable = True
             self._flight.wake()
 

@@ -20,6 +20,14 @@ class _WithRequestId(logging.Filter):
         return True
 
 
+class _OneLine(logging.Formatter):
+    """A message that quotes a client must not look like two lines, nor reach the terminal's controls."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
+        line = super().formatMessage(record)
+        return line if line.isprintable() else line.encode("unicode_escape").decode()
+
+
 def configure(*, format: str, level: str) -> None:
     """Send all logging to standard error in one format."""
     handler = logging.StreamHandler(sys.stderr)
@@ -32,9 +40,7 @@ def configure(*, format: str, level: str) -> None:
             )
         )
     else:
-        handler.setFormatter(
-            logging.Formatter("%(asctime)s %(levelname)-7s %(message)s  [%(request_id)s]", datefmt="%H:%M:%S")
-        )
+        handler.setFormatter(_OneLine("%(asctime)s %(levelname)-7s %(message)s  [%(request_id)s]", datefmt="%H:%M:%S"))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)

@@ -61,11 +61,16 @@ engine_calls = Gauge("refrain_engine_calls", "Calls that the engine has.")
 refused = Counter("refrain_refused_total", "Calls that were refused for lack of room or time, by reason.", ["reason"])
 deadlines_missed = Counter("refrain_deadlines_missed_total", "Calls that were ended because their time was up.")
 left = Counter("refrain_clients_left_total", "Clients that went away before their answer was complete.")
+cut_off = Counter(
+    "refrain_connections_cut_off_total", "Connections that were ended because the client was too slow.", ["waiting_for"]
+)
 reused = Counter(
     "refrain_cache_reused_total", "Hits on an answer that was made for a call of another shape, by rule.", ["rule"]
 )
 pool_draws = Counter("refrain_cache_pool_draws_total", "Calls that drew from a pool of sampled answers.")
 refreshed = Counter("refrain_cache_refreshes_total", "Recordings past their time that were generated anew.")
+limited = Counter("refrain_limited_total", "Calls that a limit of their key kept out, by limit.", ["limit"])
+uncounted = Counter("refrain_uncounted_total", "Calls of keys with limits that were let in uncounted: Redis was away.")
 spared_refusals = Counter("refrain_refusals_spared_total", "Calls refused from memory, without asking the engine.")
 boarded = Counter(
     "refrain_flight_boardings_total",

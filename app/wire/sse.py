@@ -27,7 +27,7 @@ def parse(payload: bytes) -> dict[str, Any]:
     """Raises `Incomplete` when the payload is not one whole JSON object."""
     try:
         return _decode_object(payload)
-    except msgspec.MsgspecError as exc:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
         raise Incomplete("an event does not hold a JSON object") from exc
 
 

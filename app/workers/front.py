@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 # As uvicorn has it: how long a client may keep a connection open after an answer without asking again.
 KEEP_ALIVE_S = 5.0
+# How long one may wait that was opened ahead of its first request.
+AHEAD_S = 15.0
 # Until a slow reader has taken its last answer, its connection cannot go to the server.
 RETRY_S = 0.01
 _HEAD_BYTES = 16 * 2**10
@@ -73,6 +75,7 @@ class Front(asyncio.BufferedProtocol):
         self._patience: asyncio.TimerHandle | None = None
         self._is_ending = False
         self._answered_at: float | None = None
+        self._opened_at = time.monotonic()
         self._expect_another()
 
     def _expect_another(self) -> None:
@@ -204,8 +207,9 @@ class Front(asyncio.BufferedProtocol):
             self._transport.close()
 
     def close_if_idle(self) -> None:
-        """Only after an answer: a connection that was opened ahead of its first request may wait."""
-        if self._answered_at and not self._received and time.monotonic() - self._answered_at > KEEP_ALIVE_S:
+        """After an answer, or where no first request comes."""
+        limit_s = KEEP_ALIVE_S if self._answered_at else AHEAD_S
+        if not self._received and time.monotonic() - (self._answered_at or self._opened_at) > limit_s:
             self._transport.close()
 
     def _wait_no_more(self) -> None:

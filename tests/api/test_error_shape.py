@@ -28,9 +28,11 @@ from app.domain import Endpoint
 from app.engine import Phase
 from app.errors import AppError, EngineFailed
 from app.gate.keys import KeyFile
+from app.gate.owned import new_id
 from tests.conftest import Process, RedisServer, Running, chat, make_settings, run_server, start_process, until
 
 CHAT = "/v1/chat/completions"
+STORED = new_id("resp_", "default")
 OUR_ID = re.compile(r"req_[0-9a-f]{32}")
 MESSAGE = {"model": "scripted", "max_tokens": 9, "temperature": 0, "messages": [{"role": "user", "content": "hi"}]}
 
@@ -365,8 +367,8 @@ def test_an_unexpected_error_is_a_500_that_tells_nothing(server: Running, monkey
             client.post(CHAT, json=chat("breaks", stream=True)),
             client.post("/v1/messages", json=MESSAGE | {"top_k": 1}),
             client.post("/tokenize", json={"prompt": "x"}),
-            client.get("/v1/responses/resp_1"),
-            client.post("/v1/responses/resp_1/cancel"),
+            client.get(f"/v1/responses/{STORED}"),
+            client.post(f"/v1/responses/{STORED}/cancel"),
         ):
             assert_canonical_error(response, 500, "internal_error", "server_error")
             assert "hunter2" not in response.text
@@ -394,7 +396,7 @@ def test_an_engine_that_is_not_ready_is_a_503_with_a_time_to_come_back(serve: Ca
         lambda client: client.post(CHAT, json=chat()),
         lambda client: client.post(CHAT, json=chat(stream=True)),
         lambda client: client.post("/tokenize", json={"prompt": "x"}),
-        lambda client: client.get("/v1/responses/resp_1"),
+        lambda client: client.get(f"/v1/responses/{STORED}"),
     ]
     for phase, code in ((Phase.LOADING, "engine_loading"), (Phase.FAILED, "engine_down"), (Phase.DRAINING, "draining")):
         on_loop(running, running.engine.state.become, phase, "for the test")

@@ -34,6 +34,13 @@ def test_who_stands_at_the_same_token_at_two_deaths_is_kept_out_for_a_while() ->
     assert len(quarantine) == 0
 
 
+def test_who_makes_again_what_it_had_and_is_elsewhere_at_the_next_death_is_innocent() -> None:
+    quarantine = Quarantine(100)
+    assert not quarantine.died("replaying", 400)
+    assert not quarantine.died("replaying", 100)
+    assert quarantine.died("replaying", 100)
+
+
 def test_who_came_to_its_end_is_innocent() -> None:
     quarantine = Quarantine(100)
     quarantine.died("call", 3)

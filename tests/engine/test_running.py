@@ -26,6 +26,15 @@ def step(*tokens: int, finish_reason: Any = None) -> Any:
     )
 
 
+def test_its_place_is_what_this_core_has_made_of_it() -> None:
+    again = running(1, 2, 3)
+    again.took(step(1, 2))
+    assert again.place == 2
+    first = running(1, 2, 3)
+    first.goal = 0  # from its prompt and its tokens, or for the first time
+    assert first.place == 3
+
+
 def test_what_is_known_is_left_out_and_the_rest_goes_on() -> None:
     call = running(1, 2, 3)
     again, further, on = step(1, 2), step(3, 4), step(5)

@@ -14,7 +14,7 @@ from app.observe.bounded import Brief, Recent
 
 
 def shown(name: str, memory: str) -> float:
-    families = text_string_to_metric_families(metrics.exposition().decode())
+    families = text_string_to_metric_families(metrics.exposition({}).decode())
     samples = [sample for family in families for sample in family.samples if sample.name == name]
     return sum(sample.value for sample in samples if sample.labels["memory"] == memory)
 
