@@ -462,6 +462,13 @@ _PARAMETERS: Json = {
         "description": "The id of the last event that you have of a stream that was cut off: it goes on after that.",
         "schema": {"type": "string"},
     },
+    "RequestTimeout": {
+        "name": "x-request-timeout",
+        "in": "header",
+        "description": "Your time for the whole answer: `2.5`, `2.5s` or `2500ms`. What cannot be answered in it "
+        "is not begun (503), what is not complete by then is ended (504, on a stream an error event).",
+        "schema": {"type": "string"},
+    },
     "RequestId": {
         "name": "x-request-id",
         "in": "header",
@@ -532,8 +539,12 @@ _ERRORS: list[tuple[str, str, AppError]] = [
     ("KeyReused", "The key was used otherwise.", KeyReused("this Idempotency-Key was used with another request")),
     ("RateLimited", "Too many requests.", RateLimited("this key's rate is exceeded", retry_after_s=2)),
     ("Broken", "The generation broke.", EngineFailed("the answer broke off before it was complete")),
-    ("Unavailable", "The engine is loading, draining, full or down.", Loading("the engine is still loading (weights)")),
-    ("TimedOut", "The engine took too long, or `only-if-cached` found nothing.", NotCached("there is no recording")),
+    (
+        "Unavailable",
+        "The engine is loading, draining, full or down, or the time is too short.",
+        Loading("the engine is still loading (weights)"),
+    ),
+    ("TimedOut", "The time was up, or `only-if-cached` found nothing.", NotCached("there is no recording")),
 ]
 _ALWAYS = (401, 405, 500)
 _WITH_BODY = (400, 401, 404, 405, 408, 413, 415, 429, 500, 503, 504)
@@ -712,7 +723,8 @@ def _answering(
         "description": description,
         "operationId": operation_id,
         "parameters": [
-            _ref("parameters", name) for name in ("CacheControl", "IdempotencyKey", "LastEventId", "RequestId")
+            _ref("parameters", name)
+            for name in ("CacheControl", "IdempotencyKey", "LastEventId", "RequestTimeout", "RequestId")
         ],
         "requestBody": _body(request, examples),
         "responses": {
