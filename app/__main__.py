@@ -30,7 +30,7 @@ cli = typer.Typer(
 )
 models = typer.Typer(help="Weights: prepare, publish, roll back, see which there are.", no_args_is_help=True)
 cache = typer.Typer(help="The response cache: what is in it, and emptying it.", no_args_is_help=True)
-keys = typer.Typer(help="API keys: make, list, revoke.", no_args_is_help=True)
+keys = typer.Typer(help="API keys: make, limit, list, revoke.", no_args_is_help=True)
 cli.add_typer(models, name="models")
 cli.add_typer(cache, name="cache")
 cli.add_typer(keys, name="keys")
@@ -44,6 +44,17 @@ out = Console(width=None if sys.stdout.isatty() else 240)
 err = Console(stderr=True, highlight=False)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+# The limits of a key: a value, `none`, or `default` for what the settings say.
+Rpm = Annotated[str | None, typer.Option(help="Requests a minute.")]
+Tpm = Annotated[str | None, typer.Option(help="Tokens a minute, in and out.")]
+Concurrency = Annotated[str | None, typer.Option(help="Calls under way at one time.")]
+MaxOutput = Annotated[str | None, typer.Option(help="Most tokens of one answer.")]
+Models = Annotated[str | None, typer.Option(help="The models that it may use, by commas.")]
+BudgetText = Annotated[
+    str | None, typer.Option(help="'1000000 tokens/day', '25.50 money/month'; hour, day, month, forever.")
+]
+Trim = Annotated[str | None, typer.Option(help="oldest: over-long chats lose their oldest turns.")]
 
 
 @cli.command()
@@ -299,38 +310,69 @@ def keys_create(
     priority: Annotated[
         Priority, typer.Option(help="Whether its calls go before others, or after them.")
     ] = Priority.INTERACTIVE,
+    rpm: Rpm = None,
+    tpm: Tpm = None,
+    concurrency: Concurrency = None,
+    max_output_tokens: MaxOutput = None,
+    models: Models = None,
+    budget: BudgetText = None,
+    trim: Trim = None,
 ) -> None:
-    """Make a key. It is shown once; only its hash is kept."""
+    """Make a key. It is shown once; only its hash is kept. Limits that are not given are the settings'."""
     from app.gate.keys import KeyFile
+    from app.gate.limits import NONE_OF_ITS_OWN
 
-    secret, key = KeyFile(load().keys_path).create(tenant, admin=admin, priority=priority)
+    settings = load()
+    limits = NONE_OF_ITS_OWN.changed(_limits(settings, rpm, tpm, concurrency, max_output_tokens, models, budget, trim))
+    secret, key = KeyFile(settings.keys_path).create(tenant, admin=admin, priority=priority, limits=limits)
     err.print(f"{key.id} for tenant {key.tenant}{' (admin)' if key.admin else ''}; the key is shown only now:")
     sys.stdout.write(f"{secret}\n")
 
 
+@keys.command("limit")
+def keys_limit(
+    key_id: Annotated[str, typer.Argument(help="The id that `refrain keys list` shows.")],
+    rpm: Rpm = None,
+    tpm: Tpm = None,
+    concurrency: Concurrency = None,
+    max_output_tokens: MaxOutput = None,
+    models: Models = None,
+    budget: BudgetText = None,
+    trim: Trim = None,
+) -> None:
+    """Change limits of a key: a value, `none`, or `default` for the setting's. A running server follows in a second."""
+    from app.gate.keys import KeyFile
+
+    settings = load()
+    given = _limits(settings, rpm, tpm, concurrency, max_output_tokens, models, budget, trim)
+    key = KeyFile(settings.keys_path).limit(key_id, given)
+    out.print(f"{key.id} of tenant {key.tenant}: {_told(key.limits.own())}", soft_wrap=True)
+
+
 @keys.command("list")
 def keys_list(as_json: Json = False) -> None:
-    """Ids, tenants, and when they were made. The keys themselves are not kept."""
+    """Ids, tenants, limits, and when they were made. The keys themselves are not kept."""
     from app.gate.keys import KeyFile
 
     found = KeyFile(load().keys_path).read()
     if as_json:
-        out.print_json(
-            data=[
-                {
-                    "id": key.id,
-                    "tenant": key.tenant,
-                    "admin": key.admin,
-                    "priority": key.priority.value,
-                    "created": key.created,
-                }
-                for key in found
-            ]
-        )
+        rows = [
+            {
+                "id": key.id,
+                "tenant": key.tenant,
+                "admin": key.admin,
+                "priority": key.priority.value,
+                "created": key.created,
+                "limits": key.limits.own(),
+            }
+            for key in found
+        ]
+        out.print_json(data=rows)
         return
-    table = Table("id", "tenant", "admin", "priority", "created", box=None, pad_edge=False)
+    table = Table("id", "tenant", "admin", "priority", "created", "limits", box=None, pad_edge=False)
     for key in found:
-        table.add_row(key.id, key.tenant, "yes" if key.admin else "", key.priority.value, _when(key.created))
+        admin = "yes" if key.admin else ""
+        table.add_row(key.id, key.tenant, admin, key.priority.value, _when(key.created), _told(key.limits.own()))
     out.print(table if found else "no keys: the server is open, on loopback only")
 
 
@@ -341,6 +383,24 @@ def keys_revoke(key_id: Annotated[str, typer.Argument(help="The id that `refrain
 
     key = KeyFile(load().keys_path).revoke(key_id)
     out.print(f"revoked {key.id} of tenant {key.tenant}")
+
+
+def _limits(settings: Settings, *given: str | None) -> dict[str, str | None]:
+    """The options of a key's limits by name; a budget in money without prices gets a warning."""
+    from app.gate.limits import OwnLimits
+
+    named = dict(zip(OwnLimits.__struct_fields__, given, strict=True))
+    is_free = not (settings.price_prompt_per_million or settings.price_completion_per_million)
+    if is_free and " money/" in (named["budget"] or ""):
+        err.print("no prices are set (REFRAIN_PRICE_...), so a budget in money will never be spent", soft_wrap=True)
+    return named
+
+
+def _told(limits: dict[str, Any]) -> str:
+    def text(value: Any) -> str:
+        return ",".join(value) if isinstance(value, list) else "none" if value is None else str(value)
+
+    return "  ".join(f"{name}={text(value)}" for name, value in limits.items()) or "as the settings say"
 
 
 def _with_store(work: Callable[[Any], Awaitable[Any]]) -> Any:

@@ -54,6 +54,52 @@ class Form(StrEnum):
     EVENTS = "events"
 
 
+class Period(StrEnum):
+    """After which a budget begins anew: hours, days and months are UTC's."""
+
+    HOUR = "hour"
+    DAY = "day"
+    MONTH = "month"
+    FOREVER = "forever"
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What may be spent in a period: `amount` is in tokens, or in millionths of the currency that prices are in."""
+
+    amount: int
+    is_money: bool
+    period: Period
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one caller may do; None: as much as it likes. `trims`: over-long prompts lose their oldest turns."""
+
+    rpm: int | None = None
+    tpm: int | None = None
+    concurrency: int | None = None
+    max_output_tokens: int | None = None
+    models: frozenset[str] | None = None
+    budget: Budget | None = None
+    trims: bool = False
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether anything of it has to be counted."""
+        return bool(self.rpm or self.tpm or self.concurrency or self.budget)
+
+    @property
+    def counts_tokens(self) -> bool:
+        return bool(self.tpm or self.budget)
+
+    def allows(self, model: str) -> bool:
+        return self.models is None or model in self.models
+
+
+NO_LIMITS = Limits()
+
+
 class Priority(StrEnum):
     """Whose calls go first: somebody waits for an interactive answer, and nobody in particular for a batch's."""
 
@@ -69,6 +115,7 @@ class Caller:
     key_id: str | None = None
     is_admin: bool = False
     priority: Priority = Priority.INTERACTIVE
+    limits: Limits = NO_LIMITS
 
 
 @dataclass(frozen=True, slots=True)

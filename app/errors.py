@@ -3,12 +3,13 @@
 ```
 AppError                      has a public face: message · status · type · code · param · headers
 ├─ Refused      (4xx)         the caller can change something
-│   ├─ BadCall 400            UnsupportedEndpoint
+│   ├─ BadCall 400            PromptTooLong, UnsupportedEndpoint
 │   ├─ Unauthenticated 401 · Forbidden 403 · UnknownModel 404 · NotFound 404
 │   ├─ BodyTimedOut, HeadTimedOut 408 · BodyTooLarge 413 · UrlTooLong 414 · NotJson 415 · HeadTooLarge 431
 │   ├─ StreamLost 410 · KeyReused 422
-│   └─ RateLimited 429        QueueShareUsed
-├─ Busy         (503)         Draining, Loading, QueueFull, DeadlineUnreachable: come back after `retry_after_s`
+│   └─ RateLimited 429        QuotaSpent, QueueShareUsed
+├─ Busy         (503)         Draining, Loading, QueueFull, DeadlineUnreachable, LimitsUnknown: come back after
+│                             `retry_after_s`
 ├─ DeadlineExceeded (504)     the client's own, or the default one
 ├─ SwapFailed   (409)         other weights or an adapter could not be served: AdapterFailed
 ├─ NotCached    (504)         only-if-cached, and it is not
@@ -65,6 +66,12 @@ class Refused(AppError):
 
 class BadCall(Refused):
     """Raised when the request itself is wrong; `param` names the field where it is known."""
+
+
+class PromptTooLong(BadCall):
+    """Raised when prompt and answer do not fit into the model; the message says by how much."""
+
+    code = "context_length_exceeded"
 
 
 class UnsupportedEndpoint(Refused):
@@ -148,6 +155,13 @@ class RateLimited(Refused):
     code = "rate_limit_exceeded"
 
 
+class QuotaSpent(RateLimited):
+    """Raised when what is left of a key's budget may not be enough for the call."""
+
+    type = "insufficient_quota"
+    code = "insufficient_quota"
+
+
 class Busy(AppError):
     status = 503
     type = "overloaded_error"
@@ -158,6 +172,12 @@ class Loading(Busy):
     """Raised when the engine is not ready within the time that a call may wait for it."""
 
     code = "engine_loading"
+
+
+class LimitsUnknown(Busy):
+    """Raised when a limit that must not be passed unseen cannot be looked up."""
+
+    code = "limits_unavailable"
 
 
 class QueueFull(Busy):

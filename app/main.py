@@ -35,6 +35,8 @@ from app.engine import Engine, Meter, cpu, room_for
 from app.errors import StartRefused
 from app.flight.flights import Flights
 from app.gate.keys import Gate, KeyFile
+from app.gate.limits import defaults
+from app.gate.quotas import Quotas
 from app.ledger.ledger import Ledger
 from app.observe.access import AccessLog
 from app.observe.traces import Tracer
@@ -76,6 +78,7 @@ def create_app(
     meter = engine.meter if engine else Meter(settings.devices)
     first = engine or make_engine(settings, weights, on_progress, adapters=adapters, meter=meter)
     service = Service(settings, weights, first, Store(settings, link), flights, adapters)
+    quotas = Quotas(settings, link)
     drain = Drain(service, settings.drain_delay_s)
     in_use = InUse(settings.home / "serving")
     pool = Pool(settings, url, service, gate)
@@ -108,6 +111,7 @@ def create_app(
                 await redis.start()
             stack.push_async_callback(link.close)
             await stack.enter_async_context(service.store.opened())
+            await stack.enter_async_context(quotas.opened())
             if engine is None:
                 stack.push_async_callback(end_engines, settings)
             stack.push_async_callback(lambda: service.engine.close())
@@ -128,7 +132,7 @@ def create_app(
         title="Refrain", version=__version__, lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None
     )
     app.state.service, app.state.pool, app.state.drain = service, pool, drain
-    answering = mount_routes(app, service, gate, settings, swapper, drain, pool.counted)
+    answering = mount_routes(app, service, gate, quotas, settings, swapper, drain, pool.counted)
     mount_docs(app)
     ends = Ends(access, ledger, tracer)
     browsers = Browsers(gate, frozenset(listed(settings.cors_origins)), frozenset(listed(settings.allowed_hosts)))
@@ -154,7 +158,7 @@ def create_service(settings: Settings, weights: Weights) -> Service:
 
 def open_gate(settings: Settings) -> Gate:
     """The gate that the settings allow; raises StartRefused where an open address has no keys."""
-    gate = Gate(KeyFile(settings.keys_path))
+    gate = Gate(KeyFile(settings.keys_path), defaults(settings))
     if gate.is_open and not settings.is_loopback:
         raise StartRefused(
             f"refusing to serve on {settings.host} without API keys: make one with "

@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
 
-from app import forms, wire
+from app import counting, forms, wire
 from app.admission import Admission, Turn
 from app.cache import reuse
 from app.cache.explain import Explanation, explain
@@ -38,7 +38,7 @@ from app.cache.reuse import Rule, Shape, reads_the_same_streamed
 from app.cache.store import Slot, Store, age_s, jittered
 from app.domain import Answer, CacheStatus, Call, Caller, Endpoint, Form, Reply, Timings, Weights
 from app.engine import Engine, Phase
-from app.errors import AppError, BadCall, Draining, Incomplete, NotCached, NotFound, UnknownModel
+from app.errors import AppError, BadCall, Draining, Incomplete, NotCached, NotFound, PromptTooLong, UnknownModel
 from app.flight.flight import Flight, Ticket, lost
 from app.flight.flights import Flights
 from app.flight.names import Position
@@ -531,7 +531,11 @@ class Service:
             asked = forms.in_engine_form(call, is_stream=flight.is_stream)
             flight.timings = Timings(device_s=flight.timings.device_s, paid_s=flight.timings.paid_s)
             turn.watch(flight.timings)
-            answer = await engine.answer(forms.asking_for_token_ids(asked) if is_counted else asked, flight.timings)
+            asked = forms.asking_for_token_ids(asked) if is_counted else asked
+            try:
+                answer = await engine.answer(asked, flight.timings)
+            except PromptTooLong as error:
+                raise await counting.in_numbers(error, call, plan.serving) from error
             if answer.body is not None:
                 body, choice_tokens = forms.without_token_ids(answer.body) if is_counted else (answer.body, None)
                 await self._record_body(call, plan, flight, standing, body, choice_tokens, began)

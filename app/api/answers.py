@@ -13,19 +13,24 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, aclosing
+from functools import partial
 from typing import Any, NamedTuple
 
 from starlette.types import Receive, Scope, Send
 
 from app import wire
 from app.api.body import is_json, parse, read
+from app.api.charged import Charged, encoded, telling
 from app.api.deadline import time_left
 from app.cache.policy import directives
-from app.domain import CacheStatus, Call, Caller, Endpoint, Reply, Timings
+from app.counting import at_most, exactly
+from app.domain import CacheStatus, Call, Caller, Endpoint, Limits, Reply, Timings
 from app.errors import AppError, BadCall, Broken, DeadlineExceeded, Draining, EngineFailed, UnknownModel
 from app.flight.names import Position, position
+from app.gate.economy import TRIMMED, Trimmed, capped, has_turns, output_limit, trimmed
 from app.gate.keys import Gate
 from app.gate.owned import check_id, new_id
+from app.gate.quotas import Quotas
 from app.gate.screen import Screen
 from app.ledger.record import Record
 from app.observe import logs, metrics
@@ -73,19 +78,25 @@ class _Question(NamedTuple):
 
 
 class _Understood(NamedTuple):
+    """`told`: headers that say what of the body was changed."""
+
     body: dict[str, Any]
     plan: Plan
     memory_bytes: int
+    told: dict[str, str]
 
 
 class AnswerRoute:
-    """The ASGI app behind one of the endpoints that generate."""
+    """The ASGI app behind one of the endpoints that generate. Without quotas it only answers hot hits."""
 
-    def __init__(self, endpoint: Endpoint, service: Service, gate: Gate, settings: Settings) -> None:
+    def __init__(
+        self, endpoint: Endpoint, service: Service, gate: Gate, quotas: Quotas | None, settings: Settings
+    ) -> None:
         self._endpoint = endpoint
         self._screen = screen_of(settings)
         self._service = service
         self._gate = gate
+        self._quotas = quotas
         self._settings = settings
         self._text_bytes = settings.ledger_text_bytes
         self._memo: Recent[_Question, _Understood] = Recent("calls", MEMO_BYTES, lambda known: known.memory_bytes)
@@ -100,7 +111,7 @@ class AnswerRoute:
             if self._text_bytes:
                 record.request = content[: self._text_bytes].decode(errors="replace")
             question = _Question(caller, self._service.catalog, headers.get(b"cache-control"), content)
-            call, plan = self._understood(question)
+            call, plan, told = await self._understood(question)
         record.stream, record.weights = call.is_streaming, plan.serving.weights.short
 
         if (idempotency_key := headers.get(b"idempotency-key")) is not None:
@@ -109,11 +120,18 @@ class AnswerRoute:
         may_come_back = call.is_streaming and not plan.directives.only_if_cached
         came_back = _position(headers.get(b"last-event-id")) if may_come_back else None
 
+        charged = None
+        if caller.limits.is_counted and self._quotas is not None:
+            charged = Charged(self._quotas, self._settings, call, plan, told)
+        if charged is not None or told:
+            send = telling(send, told if charged is None else charged.told)
         looking = time.perf_counter()
         with span("cache"):
             reply = await self._service.recall(call, plan) if came_back is None else None
         if reply is not None:
             status, timings = reply.cache, reply.answer.timings
+            if charged is not None:
+                await charged.replayed(reply)
             record.note_answer(status.value, reply.weights, timings)
             await _send(reply, send)
         else:
@@ -121,6 +139,7 @@ class AnswerRoute:
             aboard = self._service.aboard(
                 call, plan, looked_s=time.perf_counter() - looking, position=came_back, within_s=within_s
             )
+            aboard = aboard if charged is None else charged.aboard(aboard)
             status, timings = await answer_aboard(
                 aboard, call.endpoint, self._settings, receive, send, record, within_s
             )
@@ -137,7 +156,8 @@ class AnswerRoute:
         if question is None or known is None:
             return None
         call = Call(self._endpoint, known.body, question.caller, "")
-        return self._response(question, call, self._service.at_hand(call, known.plan), fields, record, began)
+        reply = self._service.at_hand(call, known.plan)
+        return self._response(question, call, reply, known.told, fields, record, began)
 
     async def fetched(
         self, headers: Headers, content: bytes, fields: dict[str, Any], record: Record
@@ -148,19 +168,22 @@ class AnswerRoute:
         if question is None:
             return None
         try:
-            call, plan = self._understood(question)
+            call, plan, told = await self._understood(question)
         except AppError:
             return None
-        return self._response(question, call, await self._service.fetched(call, plan), fields, record, began)
+        reply = await self._service.fetched(call, plan)
+        return self._response(question, call, reply, told, fields, record, began)
 
     def _plain(self, headers: Headers, content: bytes, fields: dict[str, Any], record: Record) -> _Question | None:
-        """What is asked, where there is nothing more to it than its body and its key."""
+        """What is asked, where there is nothing more to it than its body and its key, and nothing to count."""
         named = dict(headers)
         if not named.keys() <= _NOTHING_MORE or len(named) != len(headers) or not is_json(named):
             return None
         try:
             caller = self._admit(named, fields, record)
         except AppError:
+            return None
+        if caller.limits.is_counted or caller.limits.trims:
             return None
         return _Question(caller, self._service.catalog, named.get(b"cache-control"), content)
 
@@ -169,6 +192,7 @@ class AnswerRoute:
         question: _Question,
         call: Call,
         reply: Reply | None,
+        told: dict[str, str],
         fields: dict[str, Any],
         record: Record,
         began: float,
@@ -177,6 +201,8 @@ class AnswerRoute:
             return None
         record.stream = call.is_streaming
         headers = _reply_headers(reply, b"text/event-stream" if record.stream else b"application/json")
+        if told:
+            headers += encoded(told)
         if self._text_bytes:
             record.request = question.content[: self._text_bytes].decode(errors="replace")
             record.response = reply.answer.body[: self._text_bytes].decode(errors="replace")
@@ -191,28 +217,30 @@ class AnswerRoute:
             fields["key"] = record.key = caller.key_id
         return caller
 
-    def _understood(self, question: _Question) -> tuple[Call, Plan]:
+    async def _understood(self, question: _Question) -> tuple[Call, Plan, dict[str, str]]:
         """The call, and what the cache may do for it. The same bytes from the same caller are understood once."""
         if question.catalog is not self._memo_of:  # old plans are of no use, and would keep an old engine alive
             self._memo.clear()
             self._memo_of = question.catalog
         known = self._memo.get(question)
         if known is None:
-            known = self._understand(question)
+            known = await self._understand(question)
             if known.plan.slot is not None and len(question.content) <= MEMO_BODY_BYTES:
                 self._memo[question] = known
-        return Call(self._endpoint, known.body, question.caller, logs.request_id.get() or ""), known.plan
+        return Call(self._endpoint, known.body, question.caller, logs.request_id.get() or ""), known.plan, known.told
 
-    def _understand(self, question: _Question) -> _Understood:
+    async def _understand(self, question: _Question) -> _Understood:
         body = parse(question.content, self._settings.max_json_depth)
         header = (question.cache_control or b"").decode("latin-1")
         wanted = directives(header, body.pop("cache", None))
-        call = Call(self._endpoint, self._checked(body), question.caller, "")
+        limits = question.caller.limits
+        body, told = await self._economical(self._checked(body, limits), limits)
+        call = Call(self._endpoint, body, question.caller, "")
         plan = self._service.plan(call, wanted)
         if self._endpoint is Endpoint.RESPONSES:
             self._name_response(body, question.caller.tenant)
         # The bytes, and about three times as much for the objects made of them.
-        return _Understood(body, plan, 1024 + 4 * len(question.content))
+        return _Understood(body, plan, 1024 + 4 * len(question.content), told)
 
     def _name_response(self, body: dict[str, Any], tenant: str) -> None:
         """vLLM would let a client choose the id that its response is stored under, and read any that it knows of."""
@@ -222,13 +250,41 @@ class AnswerRoute:
         if isinstance(before := body.get("previous_response_id"), str):
             check_id(before, RESPONSE_ID, tenant)
 
-    def _checked(self, body: dict[str, Any]) -> dict[str, Any]:
-        """What must hold before a key can be made: the model is ours, `stream` is a boolean, nothing is reached for."""
+    async def _economical(self, body: dict[str, Any], limits: Limits) -> tuple[dict[str, Any], dict[str, str]]:
+        """What is left of the body under the caller's limits of length, and headers that say so. Raises BadCall."""
+        told: dict[str, str] = {}
+        refuses = self._settings.limit_output == "refuse"
+        allowed = capped(self._endpoint, body, limits.max_output_tokens, refuses=refuses)
+        if allowed is not body:
+            told["x-refrain-max-output-tokens"] = str(limits.max_output_tokens)
+        if limits.trims and self._endpoint in TRIMMED:
+            short = await self._trimmed(allowed)
+            if short.turns:
+                allowed = short.body
+                told["x-refrain-trimmed"] = f"turns={short.turns}; tokens={short.tokens}"
+        return allowed, told
+
+    async def _trimmed(self, body: dict[str, Any]) -> Trimmed:
+        """Without its oldest turns where prompt and answer would not fit into the model. Raises PromptTooLong."""
+        serving, (_, limit) = self._service.catalog.of(body.get("model")), output_limit(self._endpoint, body)
+        longest = serving.weights.max_model_len if serving is not None else None
+        # Of a call without a limit an eighth of what the model takes is kept free for the answer.
+        room = 0 if longest is None else longest - (longest // 8 if limit is None else limit)
+        if serving is None or longest is None or room <= 0 or at_most(body) <= room or not has_turns(body):
+            return Trimmed(body, 0, 0)
+        with serving.hold():
+            await serving.engine.state.ready(self._settings.loading_wait_s)
+            return await trimmed(body, room, longest, partial(exactly, self._endpoint, engine=serving.engine))
+
+    def _checked(self, body: dict[str, Any], limits: Limits) -> dict[str, Any]:
+        """What must hold before a key can be made: the model is ours and the caller's, `stream` is a boolean, nothing
+        is reached for."""
         model = body.get("model")
         if model is not None and not isinstance(model, str):
             raise BadCall("`model` must be a string", param="model")
-        if self._service.catalog.of(model) is None:
-            served = ", ".join(f"`{name}`" for name in self._service.catalog.names)
+        serving = self._service.catalog.of(model)
+        if serving is None or not limits.allows(serving.weights.name):
+            served = ", ".join(f"`{name}`" for name in self._service.catalog.names if limits.allows(name))
             raise UnknownModel(f"the model `{model}` does not exist here; this server serves {served}", param="model")
         if not isinstance(body.get("stream", False), bool | None):
             raise BadCall("`stream` must be true or false", param="stream")

@@ -34,6 +34,7 @@ from app.errors import (
 )
 from app.gate.keys import Gate
 from app.gate.owned import check_id
+from app.gate.quotas import Quotas
 from app.ledger.sums import Question, dimensions, moment, summed
 from app.observe import logs, metrics
 from app.service import Service
@@ -46,6 +47,7 @@ def mount_routes(
     app: FastAPI,
     service: Service,
     gate: Gate,
+    quotas: Quotas,
     settings: Settings,
     swapper: Swapper,
     drain: Drain,
@@ -55,7 +57,7 @@ def mount_routes(
 
     `counted_elsewhere` gives what other processes have counted of this server's responses.
     """
-    answering = {endpoint.value: AnswerRoute(endpoint, service, gate, settings) for endpoint in Endpoint}
+    answering = {endpoint.value: AnswerRoute(endpoint, service, gate, quotas, settings) for endpoint in Endpoint}
     for path, route in answering.items():
         app.router.routes.append(Route(path, route, methods=["POST"]))
     app.router.routes.append(Route("/v1/streams/{stream_id}", StreamRoute(service, gate, settings), methods=["GET"]))
@@ -86,13 +88,14 @@ def _mount_models(app: FastAPI, service: Service, gate: Gate) -> None:
 
     @app.get("/v1/models")
     async def list_models(request: Request) -> JSONResponse:
-        _caller(request, gate)
-        return JSONResponse({"object": "list", "data": [card(serving) for serving in service.catalog]})
+        limits = _caller(request, gate).limits
+        allowed = [card(serving) for serving in service.catalog if limits.allows(serving.weights.name)]
+        return JSONResponse({"object": "list", "data": allowed})
 
     @app.get("/v1/models/{model_id:path}")
     async def retrieve_model(request: Request, model_id: str) -> JSONResponse:
-        _caller(request, gate)
-        if (serving := service.catalog.of(model_id)) is None:
+        limits = _caller(request, gate).limits
+        if (serving := service.catalog.of(model_id)) is None or not limits.allows(model_id):
             raise UnknownModel(f"the model `{model_id}` does not exist here", param="model")
         return JSONResponse(card(serving))
 
@@ -102,12 +105,12 @@ def _mount_tokens(app: FastAPI, service: Service, gate: Gate, settings: Settings
 
     async def tokens(request: Request) -> JSONResponse:
         path = request.url.path
-        _caller(request, gate, allow_x_api_key=path.startswith("/v1/messages"))
+        limits = _caller(request, gate, allow_x_api_key=path.startswith("/v1/messages")).limits
         body = await read_object(request.scope, request.receive, settings)
         screen.check(body)
         model = body.get("model")
         serving = await service.boarded(model if isinstance(model, str) else None)
-        if serving is None:
+        if serving is None or not limits.allows(serving.weights.name):
             raise UnknownModel(f"the model `{model}` does not exist here", param="model")
         with serving.hold():
             await serving.engine.state.ready(settings.loading_wait_s)

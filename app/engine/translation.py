@@ -19,6 +19,7 @@ from app.errors import (
     EngineDown,
     EngineFailed,
     NotFound,
+    PromptTooLong,
     RateLimited,
     UnknownModel,
     UnsupportedEndpoint,
@@ -159,6 +160,8 @@ def _refuse_error_event(event: bytes, about: Underway) -> None:
 def _app_error(message: str, status: Any, param: str | None) -> AppError:
     """vLLM's message under our types; a status it does not know is the engine's own fault."""
     status = int(status) if str(status).isdigit() else 500
+    if status == 400 and "maximum context length" in message:
+        return PromptTooLong(message, param=param)
     if status == 404 and "model" in message.lower():
         return UnknownModel(message, param=param or "model")
     kinds: dict[int, type[AppError]] = {

@@ -1,4 +1,4 @@
-"""API keys: made, listed, revoked in one small file; checked by hash, in constant time.
+"""API keys: made, limited, listed, revoked in one small file; checked by hash, in constant time.
 
 A key is `rf-` and 32 random bytes, so a plain SHA-256 is enough to store (nothing to guess, nothing to
 salt). The running server sees a change of the file within a second.
@@ -13,13 +13,16 @@ import os
 import re
 import secrets
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 from filelock import FileLock
 
-from app.domain import Caller, Priority
+from app.domain import NO_LIMITS, Caller, Limits, Priority
 from app.errors import StartRefused, Unauthenticated
+from app.gate.limits import NONE_OF_ITS_OWN, OwnLimits
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +39,7 @@ class Key(msgspec.Struct, frozen=True):
     created: int
     admin: bool = False
     priority: Priority = Priority.INTERACTIVE
+    limits: OwnLimits = NONE_OF_ITS_OWN
 
 
 class KeyFile:
@@ -53,12 +57,19 @@ class KeyFile:
         except (OSError, ValueError) as error:  # msgspec's errors, and bad UTF-8, are ValueErrors
             raise StartRefused(f"the keys in {self._path} cannot be read: {error}") from error
 
-    def create(self, tenant: str, *, admin: bool = False, priority: Priority = Priority.INTERACTIVE) -> tuple[str, Key]:
+    def create(
+        self,
+        tenant: str,
+        *,
+        admin: bool = False,
+        priority: Priority = Priority.INTERACTIVE,
+        limits: OwnLimits = NONE_OF_ITS_OWN,
+    ) -> tuple[str, Key]:
         """A new key: its secret, shown this once, and what is kept of it. Raises StartRefused on a bad tenant name."""
         if not _TENANT.fullmatch(tenant):
             raise StartRefused(f"{tenant!r} is no tenant name: letters, digits, and . _ @ - within, 64 at most")
         secret = f"rf-{secrets.token_urlsafe(32)}"
-        key = Key(f"key_{secrets.token_hex(6)}", tenant, _hash(secret), int(time.time()), admin, priority)
+        key = Key(f"key_{secrets.token_hex(6)}", tenant, _hash(secret), int(time.time()), admin, priority, limits)
         with self._writing():
             self._write([*self.read(), key])
         return secret, key
@@ -71,6 +82,17 @@ class KeyFile:
                 if key.id == key_id:
                     self._write([other for other in keys if other is not key])
                     return key
+        raise StartRefused(f"there is no key {key_id}; `refrain keys list` shows them")
+
+    def limit(self, key_id: str, given: Mapping[str, str | None]) -> Key:
+        """Change some limits of a key. Raises StartRefused where there is none of that id, or these are no limits."""
+        with self._writing():
+            keys = self.read()
+            for at, key in enumerate(keys):
+                if key.id == key_id:
+                    keys[at] = msgspec.structs.replace(key, limits=key.limits.changed(given))
+                    self._write(keys)
+                    return keys[at]
         raise StartRefused(f"there is no key {key_id}; `refrain keys list` shows them")
 
     def stamp(self) -> tuple[int, int] | None:
@@ -98,16 +120,19 @@ class KeyFile:
 class Gate:
     """Who a request is from. Without any key (loopback only) everybody is the tenant `default`."""
 
-    def __init__(self, file: KeyFile, *, is_locked: bool = False) -> None:
-        """`is_locked`: there were keys before, so without any nobody may enter.
+    def __init__(self, file: KeyFile, defaults: Limits = NO_LIMITS, *, is_locked: bool = False) -> None:
+        """`defaults` are the limits of who has none of its own. `is_locked`: there were keys before, so without any
+        nobody may enter.
 
         Raises:
             StartRefused: the file cannot be understood.
         """
         self._file = file
+        self._defaults = defaults
+        self._anybody = Caller(limits=defaults)
         self._looked = time.monotonic()
         self._stamp = file.stamp()
-        self._keys = _by_hash(file.read())
+        self._keys = _by_hash(file.read(), defaults)
         self._had_keys = is_locked or bool(self._keys)
 
     @property
@@ -123,14 +148,14 @@ class Gate:
         """
         self._refresh()
         if self.is_open:
-            return _ANYBODY
+            return self._anybody
         if not presented:
             raise Unauthenticated("an API key is required: send it as `Authorization: Bearer <key>`")
-        key = self._keys.get(_hash(presented))
+        known = self._keys.get(_hash(presented))
         # The dictionary finds by hash of the secret; the comparison settles it in constant time.
-        if key is None or not hmac.compare_digest(key.sha256, _hash(presented)):
+        if known is None or not hmac.compare_digest(known.sha256, _hash(presented)):
             raise Unauthenticated("the API key is not valid")
-        return Caller(key.tenant, key.id, key.admin, key.priority)
+        return known.caller
 
     def _refresh(self) -> None:
         now = time.monotonic()
@@ -141,7 +166,7 @@ class Gate:
         if stamp == self._stamp and self._keys:
             return
         try:
-            self._keys = _by_hash(self._file.read())
+            self._keys = _by_hash(self._file.read(), self._defaults)
         except StartRefused as error:
             # Somebody wants keys, and it is not clear which: those we know stay in force, and no door is open.
             if stamp != self._stamp:
@@ -151,11 +176,20 @@ class Gate:
         self._had_keys = self._had_keys or bool(self._keys)
 
 
-_ANYBODY = Caller()
+class _Known(NamedTuple):
+    sha256: str
+    caller: Caller
 
 
-def _by_hash(keys: list[Key]) -> dict[str, Key]:
-    return {key.sha256: key for key in keys}
+def _by_hash(keys: list[Key], defaults: Limits) -> dict[str, _Known]:
+    return {key.sha256: _Known(key.sha256, _caller(key, defaults)) for key in keys}
+
+
+def _caller(key: Key, defaults: Limits) -> Caller:
+    try:
+        return Caller(key.tenant, key.id, key.admin, key.priority, key.limits.over(defaults))
+    except ValueError as error:
+        raise StartRefused(f"the keys cannot be read: {key.id}: {error}") from error
 
 
 def _hash(secret: str) -> str:

@@ -69,6 +69,8 @@ reused = Counter(
 )
 pool_draws = Counter("refrain_cache_pool_draws_total", "Calls that drew from a pool of sampled answers.")
 refreshed = Counter("refrain_cache_refreshes_total", "Recordings past their time that were generated anew.")
+limited = Counter("refrain_limited_total", "Calls that a limit of their key kept out, by limit.", ["limit"])
+uncounted = Counter("refrain_uncounted_total", "Calls of keys with limits that were let in uncounted: Redis was away.")
 spared_refusals = Counter("refrain_refusals_spared_total", "Calls refused from memory, without asking the engine.")
 boarded = Counter(
     "refrain_flight_boardings_total",

@@ -21,6 +21,7 @@ from app.domain import Endpoint, Weights
 from app.engine import Engine
 from app.flight.flights import Flights
 from app.gate.keys import Gate, KeyFile
+from app.gate.limits import defaults
 from app.ledger.ledger import Ledger
 from app.observe import logs, metrics
 from app.observe.access import AccessLog
@@ -65,8 +66,8 @@ class Worker:
         self._link = Link(settings, url)
         store, flights = Store(settings, self._link), Flights(settings, self._link, url, is_alone=True)
         self._service = Service(settings, _NOTHING_YET, _NO_ENGINE, store, flights)
-        gate = Gate(KeyFile(settings.keys_path), is_locked=is_locked)
-        routes = {endpoint.value: AnswerRoute(endpoint, self._service, gate, settings) for endpoint in Endpoint}
+        gate = Gate(KeyFile(settings.keys_path), defaults(settings), is_locked=is_locked)
+        routes = {endpoint.value: AnswerRoute(endpoint, self._service, gate, None, settings) for endpoint in Endpoint}
         self._ledger = Ledger(settings, _NO_DEVICES) if settings.ledger else None
         self._hall = Hall(HotHits(routes, Ends(self._access, self._ledger)), self._hand_over)
         self._server: asyncio.Server | None = None

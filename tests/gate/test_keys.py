@@ -202,7 +202,7 @@ def test_a_broken_file_closes_a_door_that_was_open(file: KeyFile, path: Path, cl
 def test_the_file_is_plain_json_that_an_operator_can_read(file: KeyFile, path: Path) -> None:
     file.create("shop", admin=True)
     (row,) = json.loads(path.read_text())
-    assert set(row) == {"id", "tenant", "sha256", "created", "admin", "priority"}
+    assert set(row) == {"id", "tenant", "sha256", "created", "admin", "priority", "limits"}
 
 
 def test_a_key_may_be_for_work_in_bulk_and_older_files_say_nothing_of_it(file: KeyFile, path: Path) -> None:

@@ -12,6 +12,8 @@ import httpx
 import openai
 import pytest
 
+from app.gate.keys import KeyFile
+from app.gate.limits import NONE_OF_ITS_OWN
 from tests.conftest import chat, until
 from tests.ledger.reading import records
 from tests.workers.conftest import BOT, CHAT, HOT, WHOLE_WAY, House, access_lines
@@ -99,6 +101,17 @@ def test_hot_hits_are_answered_while_the_server_stands_still(house: House) -> No
 
 
 # --- what is no hit ---------------------------------------------------------------------------------
+
+
+def test_a_key_with_limits_is_counted_by_the_server(house: House) -> None:
+    limits = NONE_OF_ITS_OWN.changed({"rpm": "2"})
+    secret, _ = KeyFile(house.home / "keys.json").create("shop", limits=limits)
+    limited = {"authorization": f"Bearer {secret}"}
+    with house.client_of_a_worker() as client:
+        until(lambda: client.post(CHAT, json=HOT, headers=limited).status_code == 200)
+        second = client.post(CHAT, json=HOT, headers=limited)
+        assert (second.headers["x-cache"], second.headers["x-ratelimit-remaining-requests"]) == ("hit", "0")
+        assert client.post(CHAT, json=HOT, headers=limited).json()["error"]["code"] == "rate_limit_exceeded"
 
 
 def test_a_connection_goes_to_the_server_for_a_miss_and_comes_back(house: House) -> None:
