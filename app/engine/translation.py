@@ -11,7 +11,7 @@ from contextlib import aclosing
 from typing import Any
 
 from app.domain import Answer
-from app.engine.underway import Underway
+from app.engine.underway import Underway, underway
 from app.errors import (
     AppError,
     BadCall,
@@ -58,6 +58,7 @@ async def _opened(stream: AsyncGenerator[Any, None], about: Underway, mark: str 
 
 
 async def _rest(first: bytes, events: AsyncGenerator[bytes, None], about: Underway) -> AsyncGenerator[bytes, None]:
+    underway.set(about)  # some of vLLM's handlers begin to generate only after their first event
     async with aclosing(events):
         yield first
         with translated(about):

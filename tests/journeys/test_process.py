@@ -401,12 +401,14 @@ COMMANDS = [
     ("keys", "create"),
     ("keys", "list"),
     ("keys", "revoke"),
+    ("keys", "limit"),
     ("finetune",),
     ("finetune", "run"),
     ("finetune", "check"),
     ("usage",),
     ("usage", "cost"),
     ("usage", "export"),
+    ("plan",),
 ]
 
 
