@@ -197,6 +197,14 @@ class ModelsServed(BaseModel):
     adapter: str | None = Field(None, description="The adapter that was asked for, `name@digest`.")
 
 
+class DrainBegun(BaseModel):
+    status: Literal["draining"]
+    since: str = Field(description="ISO 8601, UTC.")
+    detail: str
+    delay_s: float = Field(description="So long all work is still taken.")
+    budget_s: float = Field(description="So long what runs may take after that.")
+
+
 class AdapterLoad(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -288,7 +296,7 @@ _OURS: dict[str, type[BaseModel]] = {
     cls.__name__: cls
     for cls in (
         CacheDirectives, Error, Model, ModelList, Alive, Readiness, Version, CacheStats, CachePurge, CachePurged,
-        Swap, ModelsServed, AdapterLoad, Usage,
+        Swap, ModelsServed, AdapterLoad, Usage, DrainBegun,
     )
 }  # fmt: skip
 
@@ -655,6 +663,12 @@ def _paths() -> Json:
             "unloadAdapter", "Serve an adapter no more", "admin",
             ("ModelsServed", {"served": [_SERVED], "swap": None}), errors=(401, 403, 404, 405, 500, 503),
             parameters=[_in_path("name", "The adapter's name.", "polite")],
+        ))},
+        "/admin/drain": {"post": _admin(_simple_get(
+            "drain", "Stop, and drop no call", "admin", ("DrainBegun", {
+                "status": "draining", "since": "2026-11-25T06:40:00+00:00", "detail": "asked to",
+                "delay_s": 5.0, "budget_s": 30.0,
+            }), errors=(401, 403, 405, 500),
         ))},
         "/admin/usage": {"get": _admin(_simple_get(
             "usage", "What was used, and what it cost", "admin", ("Usage", _USAGE), errors=(400, 401, 403, 405, 500),
