@@ -11,7 +11,7 @@ from contextlib import aclosing
 from typing import Any
 
 from app.domain import Answer
-from app.engine.underway import Underway
+from app.engine.underway import Underway, underway
 from app.errors import (
     AppError,
     BadCall,
@@ -60,6 +60,7 @@ async def _opened(stream: AsyncGenerator[Any, None], about: Underway, mark: str 
 async def _rest(first: bytes, events: AsyncGenerator[bytes, None], about: Underway) -> AsyncGenerator[bytes, None]:
     async with aclosing(events):
         yield first
+        underway.set(about)  # Responses ask the engine only after their first event, when `answer` has returned
         with translated(about):
             async for event in events:
                 yield event
