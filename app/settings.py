@@ -113,6 +113,11 @@ class Settings(BaseSettings):
         DEFAULT_MODEL, description="What to serve: a registry name, a local Hugging Face directory, or a hub id."
     )
     served_model_name: str | None = Field(None, description="Name clients use; by default the model's own.")
+    weights_store: str | None = Field(
+        None,
+        description="Where weights are pushed to and pulled from: s3://bucket/prefix (needs refrain[s3]), another URL "
+        "that fsspec knows, or a folder.",
+    )
     watch_s: float = Field(
         2.0, ge=0, description="How often a running server looks for other current weights, in seconds; 0: never."
     )
@@ -399,6 +404,16 @@ class Settings(BaseSettings):
                 raise ValueError(f"{each} is no origin; one looks like https://chat.example.com")
         return value
 
+    @field_validator("weights_store", mode="after")
+    @classmethod
+    def _holds_no_secret(cls, value: str | None) -> str | None:
+        """It is shown by `refrain config` and in messages."""
+        if value and "://" not in value and not Path(value).is_absolute():
+            raise ValueError("a URL like s3://bucket/prefix, or an absolute path, is needed")
+        if value and _SECRET_IN_URL.search(value):
+            raise ValueError("it may hold no password and no ?; credentials go where the store's own library looks")
+        return value or None
+
     @field_validator("trusted_fields", mode="after")
     @classmethod
     def _are_guarded(cls, value: str | None) -> str | None:
@@ -575,5 +590,6 @@ def mask_url(url: str) -> str:
     return f"{scheme}{separator}{user}:***@{location}" if at else f"{scheme}{separator}{rest}"
 
 
+_SECRET_IN_URL = re.compile(r"://[^@]*:[^@]*@|\?")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[A-Za-z0-9.\-\[\]:]+")
 _PASSWORD_OPTION = re.compile(r"([?&]\w*password=)[^&]*", re.IGNORECASE)

