@@ -1,0 +1,78 @@
+"""When a model is compiled on a CPU, and that one that cannot be is served all the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from app.domain import Weights
+from app.engine import cpu
+from app.engine.vllm import arguments
+from app.settings import Settings
+from app.weights import Registry, compare, pull_default
+from tests.conftest import REPOSITORY, TEST_HOME
+from tests.engine.test_swap import ENVIRONMENT, make_model
+
+WEIGHTS = Weights("m", "/weights", "0" * 64, "0" * 64, {}, max_model_len=512)
+
+
+def is_eager(settings: Settings) -> bool:
+    return "--enforce-eager" in arguments(settings, WEIGHTS)
+
+
+@pytest.mark.skipif(not cpu.is_cpu(), reason="on a GPU vLLM's own defaults stand")
+def test_it_is_compiled_where_it_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(home=tmp_path)
+    monkeypatch.setattr(cpu, "has_compiler", lambda: True)
+    assert not is_eager(settings)
+    assert is_eager(settings.model_copy(update={"compile": False}))
+    assert is_eager(settings.model_copy(update={"max_adapters": 1})), "vLLM compiles nothing beside adapters"
+    monkeypatch.setattr(cpu, "has_compiler", lambda: False)
+    assert is_eager(settings)
+
+
+def test_a_compiler_is_one_that_is_there_with_the_headers_of_this_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(cpu.sysconfig, "get_path", lambda _: str(tmp_path))
+    monkeypatch.setenv("CXX", sys.executable)
+    assert cpu.has_compiler()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert not cpu.has_compiler()
+    monkeypatch.setenv("CXX", sys.executable)
+    (tmp_path / "Python.h").unlink()
+    assert not cpu.has_compiler()
+
+
+@pytest.mark.engine
+@pytest.mark.skipif(not cpu.is_cpu(), reason="on a GPU vLLM's own defaults stand")
+def test_a_model_that_does_not_compile_runs_eagerly_and_says_the_same(tmp_path: Path) -> None:
+    source = Registry(TEST_HOME / "weights").check(pull_default(Registry(TEST_HOME / "weights"), print))
+    model = make_model(tmp_path / "model", 1, source)
+    broken = tmp_path / "c++"
+    broken.write_text("#!/bin/sh\necho no space left >&2\nexit 1\n")
+    broken.chmod(0o755)
+    said = {}
+    for name, environment in {
+        "eager": {"REFRAIN_COMPILE": "false"},
+        "broken": {"REFRAIN_COMPILE": "true", "CXX": str(broken)},
+    }.items():
+        out = tmp_path / f"{name}.json"
+        done = subprocess.run(
+            [sys.executable, "-m", "app.engine.trial", str(model), "--out", str(out)],
+            env=os.environ | ENVIRONMENT | {"REFRAIN_HOME": str(tmp_path / "home")} | environment,
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert ("runs eagerly" in done.stderr) == (name == "broken")
+        said[name] = json.loads(out.read_text())["fingerprint"]
+    compare(said["eager"], said["broken"])
