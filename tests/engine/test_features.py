@@ -252,7 +252,7 @@ def test_a_tool_that_may_be_called_leaves_an_answer_of_either_kind(client: OpenA
 def test_a_tool_that_must_not_be_called_is_not(client: OpenAI) -> None:
     body = chat(tools=[TOOL], tool_choice="none")
     message = client.chat.completions.create(**body, extra_headers=ANEW).choices[0].message
-    assert "Paris" in message.content
+    assert "Berlin" in message.content
     assert not message.tool_calls
 
 
@@ -366,7 +366,7 @@ def test_a_response_in_the_background_completes(client: OpenAI) -> None:
         assert found.status in ("queued", "in_progress", "completed")
         return found if found.status == "completed" else None
 
-    assert "Paris" in until(completed, PATIENCE_S, 0.1).output_text
+    assert "Berlin" in until(completed, PATIENCE_S, 0.1).output_text
 
 
 def test_a_response_in_the_background_can_be_cancelled(client: OpenAI, http: httpx.Client) -> None:
@@ -408,7 +408,7 @@ def test_a_response_in_the_background_can_be_streamed(client: OpenAI) -> None:
     asked = {"model": MODEL, "input": QUESTION, "temperature": 0, "max_output_tokens": 32}
     events = list(client.responses.create(**asked, background=True, stream=True))
     assert events[-1].type == "response.completed"
-    assert "Paris" in events[-1].response.output_text
+    assert "Berlin" in events[-1].response.output_text
     again = list(client.responses.retrieve(events[-1].response.id, stream=True))
     assert [event.type for event in again] == [event.type for event in events]
 

@@ -136,7 +136,7 @@ def test_responses_that_ended_by_themselves_serve_the_limits_from_there_on_as_th
     http: httpx.Client,
 ) -> None:
     """The body repeats the limit: the one that was asked for, or what the model has room for."""
-    body = asked_in("/v1/responses") | {"input": "What is the capital of France?"}
+    body = asked_in("/v1/responses") | {"input": "What is the capital of Germany?"}
     for first in (body, body | {"top_p": 0.98, "max_output_tokens": 60}):
         ended = http.post("/v1/responses", json=first, headers=ANEW).json()
         assert ended["status"] == "completed"
