@@ -30,6 +30,7 @@ from app.cache.embedded import EmbeddedRedis
 from app.cache.link import Link
 from app.cache.store import Store
 from app.domain import Weights
+from app.drain import Drain
 from app.engine import Engine, Meter, cpu, room_for
 from app.errors import StartRefused
 from app.flight.flights import Flights
@@ -78,6 +79,7 @@ def create_app(
     first = engine or make_engine(settings, weights, on_progress, adapters=adapters, meter=meter)
     service = Service(settings, weights, first, Store(settings, link), flights, adapters)
     quotas = Quotas(settings, link)
+    drain = Drain(service, settings.drain_delay_s)
     in_use = InUse(settings.home / "serving")
     pool = Pool(settings, url, service, gate)
 
@@ -119,6 +121,7 @@ def create_app(
             await swapper.start()
             stack.push_async_callback(flights.close)
             stack.push_async_callback(pool.end)
+            stack.callback(drain.close)
             yield {
                 STATE: HotHits(answering, ends),
                 GIVE: pool.give if settings.http_workers else None,
@@ -128,8 +131,8 @@ def create_app(
     app = FastAPI(
         title="Refrain", version=__version__, lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None
     )
-    app.state.service, app.state.pool = service, pool
-    answering = mount_routes(app, service, gate, quotas, settings, swapper, pool.counted)
+    app.state.service, app.state.pool, app.state.drain = service, pool, drain
+    answering = mount_routes(app, service, gate, quotas, settings, swapper, drain, pool.counted)
     mount_docs(app)
     ends = Ends(access, ledger, tracer)
     browsers = Browsers(gate, frozenset(listed(settings.cors_origins)), frozenset(listed(settings.allowed_hosts)))
@@ -315,6 +318,8 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._app = app
         self._on_listening = on_listening
+        self._signal = signal.SIGTERM
+        app.state.drain.on_over = lambda: self.handle_exit(self._signal, None)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -324,10 +329,9 @@ class Server(uvicorn.Server):
             loop.add_signal_handler(number, self._stop, number)
         yield
 
-    def _stop(self, number: int) -> None:
-        self._app.state.service.drain(f"got {signal.Signals(number).name}")
-        log.info("%s: draining", signal.Signals(number).name)
-        self.handle_exit(number, None)
+    def _stop(self, number: signal.Signals) -> None:
+        self._signal = number
+        self._app.state.drain.begin(f"got {number.name}")
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)

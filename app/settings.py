@@ -56,6 +56,11 @@ class Settings(BaseSettings):
         description="Where weights, keys and run-time files live.",
     )
     drain_s: float = Field(30.0, ge=0, description="How long SIGTERM waits for running answers, in seconds.")
+    drain_delay_s: float = Field(
+        0.0,
+        ge=0,
+        description="How long before that work is still taken, while /readyz says draining: balancers must see it.",
+    )
     http_workers: int = Field(
         0, ge=0, le=64, description="Processes beside the server's own that answer hits; see README."
     )

@@ -28,6 +28,8 @@ PLACES = 32
 # What the engine needs to fill up is no part of the rate.
 RAMP_S = 5.0
 RECOVERY_S = 10.0
+# Calls after the load, that show whether it is over: so few and short that they are no load themselves.
+PROBE_EVERY_S, PROBE_TOKENS = 0.5, 4
 ENGINES: dict[str, dict[str, str]] = {
     "scripted": {
         "REFRAIN_ENGINE": "scripted",
@@ -70,10 +72,10 @@ async def _measure(name: str, url: str, seconds: float) -> dict[str, Any]:
         f"{name}: capacity {capacity:.0f} tokens/s, first token unloaded {alone * 1000:.0f} ms; now {LOAD:g} times that"
     )
     client = Client(url)
-    probes = [seconds + 0.5 * number for number in range(int(2 * RECOVERY_S))]
+    probes = [seconds + PROBE_EVERY_S * number for number in range(int(2 * RECOVERY_S / PROBE_EVERY_S))]
     await asyncio.gather(
         client.open_loop("load", poisson(LOAD * capacity / TOKENS, seconds), make),
-        client.open_loop("probe", iter(probes), make),
+        client.open_loop("probe", iter(probes), partial(call, WORDS, PROBE_TOKENS)),
     )
     return _figures(client.outcomes, capacity, alone, seconds)
 
@@ -82,7 +84,7 @@ async def _unloaded_s(url: str) -> float:
     """The time to the first token of one call alone, the median of some."""
     client, found = Client(url), []
     for _ in range(9):
-        one = await client.send(Outcome(time.perf_counter() - client.began, "alone"), call(WORDS, 4))
+        one = await client.send(Outcome(time.perf_counter() - client.began, "alone"), call(WORDS, PROBE_TOKENS))
         found.append(one.first_s or 0.0)
     return quantile(found, 0.5)
 
@@ -111,7 +113,7 @@ def _figures(outcomes: list[Outcome], capacity: float, alone_s: float, seconds: 
         "first_token_p99_ms": round(quantile(firsts, 0.99) * 1000, 1),
         "refusal_p50_ms": round(quantile([each.done_s for each in refused], 0.5) * 1000, 2),
         "refusal_p99_ms": round(quantile([each.done_s for each in refused], 0.99) * 1000, 2),
-        "recovered_after_s": round(max((each.at_s - seconds + 0.5 for each in late), default=0.0), 1),
+        "recovered_after_s": round(max((each.at_s - seconds + PROBE_EVERY_S for each in late), default=0.0), 1),
     }
 
 

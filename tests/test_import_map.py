@@ -37,6 +37,7 @@ app/plan/                                  errors, settings, weights            
 app/forms.py                               domain, wire, `near`, `recording` and `reuse` of cache; no vendor
 app/service.py                             domain, errors, settings, wire, engine, cache, flight, observe, serving,
                                            forms, admission, counting; no vendor
+app/drain.py                               service
 app/swap.py                                domain, errors, engine, observe, service, serving
 app/api/                                   domain, errors, settings, wire, service, serving, swap, gate, ledger,
                                            observe, counting, `Phase` of engine, `policy` of cache, `names` and
@@ -188,6 +189,7 @@ OURS: dict[str, set[str]] = {
         "app.wire",
     },
     "app.serving": {"app.domain", "app.engine"},
+    "app.drain": {"app.service"},
     "app.swap": {"app.domain", "app.engine", "app.errors", "app.observe", "app.service", "app.serving"},
     "app.api": {
         "app",
@@ -195,6 +197,7 @@ OURS: dict[str, set[str]] = {
         "app.cache.policy",
         "app.counting",
         "app.domain",
+        "app.drain",
         "app.engine",
         "app.errors",
         "app.flight.flight",

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 from app.admission.bounds import Bounds, misfit, retry_after_s
 from app.admission.fair import Entry, FairQueue, Places
@@ -19,9 +20,10 @@ from app.settings import Settings
 
 # vLLM is handed this part of its places beyond them, so that a place is taken again in the very next step.
 _AHEAD = 16
-# Of an engine's step, the part that one tenant's prompts may fill while others are there.
-_QUANTUM = 8
-_QUANTUM_TOKENS = 256
+# What one tenant may have in prefill while others are there: prompts of so long, and at most this part of a step.
+_QUANTUM_S = 0.05
+_QUANTUM_OF_STEP = 4
+_QUANTUM_TOKENS = 64
 # By default so many times the places may wait, at least so many calls.
 _WAITING_PER_PLACE = 8
 _WAITING_CALLS = 1024
@@ -93,6 +95,7 @@ class Admission:
             yield turn
             if turn.timings is not None:
                 self._learned.learn(size, turn.timings)
+                self._queue.places = replace(self._queue.places, quantum=self._quantum(self._capacity))
         except AppError as error:
             turn.was_refused = isinstance(error, Refused)
             raise
@@ -175,7 +178,7 @@ class Admission:
         now = self._clock()
         while (entry := self._queue.next(now)) is not None:
             entry.enter()
-        self._drain.note(now, self._done, is_busy=self._queue.calls() > 0)
+        self._drain.note(now, self._done, is_busy=self._queue.is_behind)
 
     # --- what there is room for ----------------------------------------------------------------
 
@@ -184,12 +187,16 @@ class Admission:
         if capacity == self._capacity:
             return
         self._capacity = capacity
-        most, step = capacity.sequences, capacity.step_tokens
+        most = capacity.sequences
         self._queue.places = Places(
             sequences=None if most is None else most + max(1, most // _AHEAD),
             kv_tokens=capacity.kv_tokens,
-            quantum=_QUANTUM_TOKENS if step is None else max(1, step // _QUANTUM),
+            quantum=self._quantum(capacity),
         )
+
+    def _quantum(self, capacity: Capacity) -> int:
+        tokens = self._learned.prefilled_in(_QUANTUM_S) or _QUANTUM_TOKENS
+        return tokens if capacity.step_tokens is None else min(tokens, capacity.step_tokens // _QUANTUM_OF_STEP)
 
     @property
     def _bounds(self) -> Bounds:

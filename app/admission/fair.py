@@ -7,8 +7,9 @@ end: else a tenant enters many calls before the first is counted. The counter it
 only what was served.
 
 Beyond the paper, for the time to the first token: while an interactive *party* (a tenant in one class) is there, or was
-lately, the others leave a share of the places free and send one quantum of prompts at a time through the engine. So its
-next call finds a place, and at most one prefill ahead of it. A party alone is never held back.
+lately, the others leave a share of the places free, and a prompt of who was served more waits while more than a quantum
+is in prefill of its own party and of those that were served less. So who was served least finds a place, and at most
+one prefill ahead of it. A party alone is never held back.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ LATELY_S = 30.0
 AGED_S = 30.0
 # Part of the places that a party leaves to interactive others.
 RESERVE = 4
+# So many calls that wait are a backlog, whatever holds them.
+_BACKLOG = 8
 # Counters of so many tenants; who is forgotten starts like a new one.
 _TENANTS = 10_000
 
@@ -144,6 +147,12 @@ class FairQueue:
 
     # --- looking -------------------------------------------------------------------------------
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether the engine has all that it can work on, and more waits: not where one call waits for another's."""
+        calls, most = self.calls(), self.places.sequences
+        return calls >= _BACKLOG or (calls > 0 and most is not None and self._sequences >= most)
+
     def calls(self, priority: Priority | None = None) -> int:
         """How many wait."""
         return sum(len(party.waiting) for party in self._waiting(priority))
@@ -203,13 +212,32 @@ class FairQueue:
         party, places, work = entry.party, self.places, entry.work
         if places.sequences is not None and self._sequences and self._sequences + work.sequences > places.sequences:
             return False
-        if not party.running or not self._has_rival(party, now):
+        if not self._has_rival(party, now):
             return True
         if places.shared is not None and party.sequences + work.sequences > places.shared:
             return False
         if places.kv_tokens is not None and self._tokens + work.tokens > places.kv_tokens:
             return False
-        return not party.prefilling or party.prefilling + work.prompt_tokens <= places.quantum
+        less = self._served_less(party, now)
+        if not less and party.priority is Priority.INTERACTIVE:
+            return True
+        ahead = party.prefilling + sum(other.prefilling for other in less)
+        return not ahead or ahead + work.prompt_tokens <= places.quantum
+
+    def _served_less(self, party: Party, now: float) -> list[Party]:
+        """The interactive others that are there, or were lately, and have had less."""
+        charged = self._charged(party.tenant)
+        return [
+            other
+            for other in self.parties.values()
+            if other.tenant != party.tenant
+            and other.priority is Priority.INTERACTIVE
+            and self._is_there(other, now)
+            and self._charged(other.tenant) < charged
+        ]
+
+    def _is_there(self, party: Party, now: float) -> bool:
+        return party.running > 0 or bool(party.waiting) or now - party.seen < LATELY_S
 
     def _has_rival(self, party: Party, now: float) -> bool:
         """Whether somebody else is, or was lately, there for whom it matters when the first token comes."""
@@ -217,7 +245,7 @@ class FairQueue:
             other is not party
             and other.priority is Priority.INTERACTIVE
             and (other.tenant != party.tenant or party.priority is Priority.BATCH)
-            and (other.running or other.waiting or now - other.seen < LATELY_S)
+            and self._is_there(other, now)
             for other in self.parties.values()
         )
 

@@ -14,6 +14,10 @@ _LEAST_PROMPT_TOKENS = 8
 _MEMORY = 64
 
 
+# The fastest is forgotten by this much with each call.
+_FADE = 1.01
+
+
 class Average:
     """A mean over everything at first, then over the last `_MEMORY` values, the newest weighing most."""
 
@@ -35,6 +39,7 @@ class Learned:
         self._output_tokens: dict[int, Average] = {}
         self._prefill_s_per_token = Average(0.0)
         self._decode_s_per_token = Average(0.0)
+        self._fastest_prefill: float | None = None
 
     def expected(self, asked: Asked, context: int | None) -> Work:
         """The work of a call. An answer is expected to be as long as those to calls that allowed about as much: the
@@ -52,6 +57,11 @@ class Learned:
     def prefill_s(self, work: Work) -> float:
         return self._prefill_s_per_token.value * work.prompt_tokens
 
+    def prefilled_in(self, seconds: float) -> int | None:
+        """The prompt tokens that the engine takes in so many seconds, at the fastest that was seen lately: a prompt
+        that shared its step with many others says how fast these went, and not it."""
+        return int(seconds / self._fastest_prefill) if self._fastest_prefill else None
+
     def decode_s(self, work: Work) -> float:
         return self._decode_s_per_token.value * work.output_tokens / work.sequences
 
@@ -63,7 +73,9 @@ class Learned:
         if asked.characters and not asked.token_ids:
             self._characters_per_token.add(asked.characters / prompt)
         if timings.prefill_s is not None:
-            self._prefill_s_per_token.add(max(0.0, timings.prefill_s) / prompt)
+            per_token = max(0.0, timings.prefill_s) / prompt
+            self._prefill_s_per_token.add(per_token)
+            self._fastest_prefill = min(per_token, _FADE * (self._fastest_prefill or per_token))
         if output:
             self._output_tokens.setdefault(_octave(asked.limit), Average(0.0)).add(output)
             if output > 1 and timings.decode_s is not None:
@@ -75,7 +87,7 @@ def _octave(limit: int | None) -> int:
 
 
 class Drain:
-    """The cost that the engine works off in a second, measured while calls wait for it: only then is it all it can do.
+    """The cost that the engine works off in a second, measured while it is behind: only then is it all it can do.
 
     Older time counts less: what was measured `_FADE_S` busy seconds ago weighs half.
     """
@@ -92,7 +104,7 @@ class Drain:
         self._is_busy = False
 
     def note(self, now: float, done: float, *, is_busy: bool) -> None:
-        """`done`: all cost worked off so far; `is_busy`: whether calls wait from now on, until the next note."""
+        """`done`: all cost worked off so far; `is_busy`: whether it is behind from now on, until the next note."""
         passed = now - self._at
         if self._is_busy and passed < self._STEP_S and is_busy:
             return

@@ -350,7 +350,7 @@ async def answer_aboard(
             return stream.status, Timings()
         return stream.status, work.result()
     except asyncio.CancelledError:  # the drain budget is spent; this is the outermost task, so it ends here
-        stopped = Draining("the server stopped before the answer was complete", retry_after_s=5)
+        stopped = Draining("the server stopped before the answer was complete; another may go on", retry_after_s=5)
         if not stream.started:
             raise stopped from None
         work.cancel()
@@ -469,7 +469,9 @@ class _Stream:
         self._record.finish, self._record.error = "broken", error.code or error.type
         body = json.dumps(error.body(logs.request_id.get()), ensure_ascii=False).encode()
         named = b"event: error\n" if self._endpoint in (Endpoint.MESSAGES, Endpoint.RESPONSES) else b""
-        await self._write(named + b"data: " + body + b"\n\n")
+        retry = error.headers.get("retry-after")  # what resumes a stream by itself waits so long, and asks elsewhere
+        again = f"retry: {int(retry) * 1000}\n".encode() if retry else b""
+        await self._write(named + again + b"data: " + body + b"\n\n")
         await self._end()
 
     @contextlib.asynccontextmanager

@@ -19,11 +19,11 @@ import json
 import socket
 import sys
 from http import HTTPStatus
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from app.api.edge import new_request_id
+from app.api.edge import new_request_id, own_headers
 from app.errors import AppError, BadCall, Busy, HeadTimedOut, HeadTooLarge, UrlTooLong
 from app.observe import metrics
 
@@ -56,6 +56,8 @@ class BoundedProtocol(HttpToolsProtocol):
     # Of a head that takes several reads, the bytes from the second on, and 1; and those of the last read of all.
     _head_bytes = 0
     _read_bytes = 0
+    # Whether a message ended in the last read.
+    _has_ended = False
     # What a client that is slow to read had read at the last look.
     _taken_bytes = 0
 
@@ -75,9 +77,10 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():  # it was refused; there may be more on its way
             return
-        self._read_bytes = len(data)
+        self._read_bytes, self._has_ended = len(data), False
         super().data_received(data)
-        if self._head_since is not None and not self.transport.is_closing():
+        is_between = self._has_ended and not self.is_asking  # a hot hit is answered before this line
+        if self._head_since is not None and not is_between and not self.transport.is_closing():
             # httptools keeps a header to itself until it is whole, so what is incomplete is counted here.
             self._head_bytes = self._head_bytes + len(data) if self._head_bytes else 1
             if self._head_bytes > self._bounds.header_bytes:
@@ -100,13 +103,18 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._refusal is not None:
             raise self._refusal
 
+    @property
+    def is_asking(self) -> bool:
+        """Whether a request has begun to come and is not all there."""
+        return self._message_since is not None
+
     def message_is_complete(self) -> None:
-        self._message_since = None
+        self._message_since, self._has_ended = None, True
         if self.cycle is not None and self.cycle.response_complete:  # it was answered before it was all there
             self._head_since = self.loop.time()
 
     def on_response_complete(self) -> None:
-        if self._message_since is None:
+        if not self.is_asking:
             self._head_since = self.loop.time()
         super().on_response_complete()
 
@@ -183,13 +191,8 @@ def _too_large(bounds: Bounds) -> HeadTooLarge:
 def _rendered(error: AppError) -> bytes:
     request_id = new_request_id()
     body = json.dumps(error.body(request_id)).encode()
-    own: dict[str, Any] = {
-        "content-type": "application/json",
-        "content-length": len(body),
-        "x-request-id": request_id,
-        "x-content-type-options": "nosniff",
-        "connection": "close",
-    }
+    own = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+    own |= {name.decode(): value.decode() for name, value in own_headers(request_id)}
     lines = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}"]
     lines += [f"{name}: {value}" for name, value in (error.headers | own).items()]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body

@@ -90,7 +90,6 @@ class HotProtocol(CorkedProtocol):
     received_before = b""
     _held: bytearray | None = None
     _patience: asyncio.TimerHandle | None = None
-    _is_asking = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -103,10 +102,6 @@ class HotProtocol(CorkedProtocol):
         super().data_received(data)
         if self._held is not None and self._patience is None:  # most clients send head and body apart
             self._patience = self.loop.call_later(PATIENCE_S, self._hand_on)
-
-    def on_message_begin(self) -> None:
-        self._is_asking = True
-        super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         self.head_is_complete()
@@ -124,7 +119,6 @@ class HotProtocol(CorkedProtocol):
             self._hand_on()
 
     def on_message_complete(self) -> None:
-        self._is_asking = False
         self.message_is_complete()
         if self._held is not None:
             if self._answered(bytes(self._held)):
@@ -140,7 +134,7 @@ class HotProtocol(CorkedProtocol):
 
     def _give_away(self, tries: int) -> None:
         """To a worker, unless the next request is there already."""
-        if self._give is None or self._is_asking or self.transport.is_closing():
+        if self._give is None or self.is_asking or self.transport.is_closing():
             return
         if self.pipeline or not (self.cycle is None or (self.cycle.response_complete and self.cycle.keep_alive)):
             return

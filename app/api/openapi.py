@@ -197,6 +197,14 @@ class ModelsServed(BaseModel):
     adapter: str | None = Field(None, description="The adapter that was asked for, `name@digest`.")
 
 
+class DrainBegun(BaseModel):
+    status: Literal["draining"]
+    since: str = Field(description="ISO 8601, UTC.")
+    detail: str
+    delay_s: float = Field(description="So long all work is still taken.")
+    budget_s: float = Field(description="So long what runs may take after that.")
+
+
 class AdapterLoad(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -288,7 +296,7 @@ _OURS: dict[str, type[BaseModel]] = {
     cls.__name__: cls
     for cls in (
         CacheDirectives, Error, Model, ModelList, Alive, Readiness, Version, CacheStats, CachePurge, CachePurged,
-        Swap, ModelsServed, AdapterLoad, Usage,
+        Swap, ModelsServed, AdapterLoad, Usage, DrainBegun,
     )
 }  # fmt: skip
 
@@ -462,6 +470,13 @@ _PARAMETERS: Json = {
         "description": "The id of the last event that you have of a stream that was cut off: it goes on after that.",
         "schema": {"type": "string"},
     },
+    "RequestTimeout": {
+        "name": "x-request-timeout",
+        "in": "header",
+        "description": "Your time for the whole answer: `2.5`, `2.5s` or `2500ms`. What cannot be answered in it "
+        "is not begun (503), what is not complete by then is ended (504, on a stream an error event).",
+        "schema": {"type": "string"},
+    },
     "RequestId": {
         "name": "x-request-id",
         "in": "header",
@@ -532,8 +547,12 @@ _ERRORS: list[tuple[str, str, AppError]] = [
     ("KeyReused", "The key was used otherwise.", KeyReused("this Idempotency-Key was used with another request")),
     ("RateLimited", "Too many requests.", RateLimited("this key's rate is exceeded", retry_after_s=2)),
     ("Broken", "The generation broke.", EngineFailed("the answer broke off before it was complete")),
-    ("Unavailable", "The engine is loading, draining, full or down.", Loading("the engine is still loading (weights)")),
-    ("TimedOut", "The engine took too long, or `only-if-cached` found nothing.", NotCached("there is no recording")),
+    (
+        "Unavailable",
+        "The engine is loading, draining, full or down, or the time is too short.",
+        Loading("the engine is still loading (weights)"),
+    ),
+    ("TimedOut", "The time was up, or `only-if-cached` found nothing.", NotCached("there is no recording")),
 ]
 _ALWAYS = (401, 405, 500)
 _WITH_BODY = (400, 401, 404, 405, 408, 413, 415, 429, 500, 503, 504)
@@ -645,6 +664,12 @@ def _paths() -> Json:
             ("ModelsServed", {"served": [_SERVED], "swap": None}), errors=(401, 403, 404, 405, 500, 503),
             parameters=[_in_path("name", "The adapter's name.", "polite")],
         ))},
+        "/admin/drain": {"post": _admin(_simple_get(
+            "drain", "Stop, and drop no call", "admin", ("DrainBegun", {
+                "status": "draining", "since": "2026-11-25T06:40:00+00:00", "detail": "asked to",
+                "delay_s": 5.0, "budget_s": 30.0,
+            }), errors=(401, 403, 405, 500),
+        ))},
         "/admin/usage": {"get": _admin(_simple_get(
             "usage", "What was used, and what it cost", "admin", ("Usage", _USAGE), errors=(400, 401, 403, 405, 500),
             parameters=[
@@ -712,7 +737,8 @@ def _answering(
         "description": description,
         "operationId": operation_id,
         "parameters": [
-            _ref("parameters", name) for name in ("CacheControl", "IdempotencyKey", "LastEventId", "RequestId")
+            _ref("parameters", name)
+            for name in ("CacheControl", "IdempotencyKey", "LastEventId", "RequestTimeout", "RequestId")
         ],
         "requestBody": _body(request, examples),
         "responses": {

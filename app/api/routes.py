@@ -20,6 +20,7 @@ from app import __version__
 from app.api.answers import RESPONSE_ID, AnswerRoute, StreamRoute, presented_key, screen_of
 from app.api.body import read_object
 from app.domain import Answer, Caller, Endpoint
+from app.drain import Drain
 from app.engine import Phase
 from app.errors import (
     AppError,
@@ -49,6 +50,7 @@ def mount_routes(
     quotas: Quotas,
     settings: Settings,
     swapper: Swapper,
+    drain: Drain,
     counted_elsewhere: Callable[[], Awaitable[metrics.Counts]],
 ) -> dict[str, AnswerRoute]:
     """Add every route of the API to the app; those that answer are given back too, by path (see `Edge`).
@@ -62,7 +64,8 @@ def mount_routes(
     _mount_models(app, service, gate)
     _mount_tokens(app, service, gate, settings)
     _mount_stored_responses(app, service, gate)
-    _mount_health(app, service, swapper, counted_elsewhere)
+    _mount_health(app, service, swapper, drain, counted_elsewhere)
+    _mount_drain(app, gate, settings, drain)
     _mount_admin(app, service, gate, settings)
     _mount_swaps(app, service, gate, settings, swapper)
     _mount_usage(app, gate, settings)
@@ -145,6 +148,7 @@ def _mount_health(
     app: FastAPI,
     service: Service,
     swapper: Swapper,
+    drain: Drain,
     counted_elsewhere: Callable[[], Awaitable[metrics.Counts]],
 ) -> None:
     @app.get("/healthz")
@@ -156,7 +160,7 @@ def _mount_health(
         state = service.engine.state
         told: dict[str, Any] = {
             "status": state.phase.value,
-            "since": datetime.fromtimestamp(state.since, UTC).isoformat(timespec="seconds"),
+            "since": _moment(state.since),
             "detail": state.detail,
             "model": service.weights.short,
             "redis": "up" if service.store.link.is_up else "down",
@@ -166,9 +170,14 @@ def _mount_health(
         if swapper.last is not None and swapper.last.status in ("running", "failed"):
             told["swap"] = swapper.last.told()
         # While a swap holds calls there is no engine, and none is needed: they are answered all the same.
-        if state.phase is Phase.READY or service.holds_calls:
+        if drain.since is None and (state.phase is Phase.READY or service.holds_calls):
             return JSONResponse(told | {"status": Phase.READY.value})
-        error = AppError(f"the engine is {state.phase.value}: {state.detail}", code=f"engine_{state.phase.value}")
+        error: AppError
+        if drain.since is not None:
+            told |= {"status": Phase.DRAINING.value, "since": _moment(drain.since), "detail": drain.reason}
+            error = Draining("the server is about to stop")
+        else:
+            error = AppError(f"the engine is {state.phase.value}: {state.detail}", code=f"engine_{state.phase.value}")
         told |= error.body(logs.request_id.get())
         return JSONResponse(told, status_code=503, headers={"retry-after": "5"})
 
@@ -185,6 +194,19 @@ def _mount_health(
     @app.get("/version")
     async def version() -> dict[str, str]:
         return {"version": __version__, "vllm": _vllm_version()}
+
+
+def _moment(unix_s: float) -> str:
+    return datetime.fromtimestamp(unix_s, UTC).isoformat(timespec="seconds")
+
+
+def _mount_drain(app: FastAPI, gate: Gate, settings: Settings, drain: Drain) -> None:
+    @app.post("/admin/drain")
+    async def drain_on_demand(request: Request) -> JSONResponse:
+        _admin(request, gate)
+        drain.begin("asked to")
+        told = {"status": Phase.DRAINING.value, "since": _moment(drain.since or 0.0), "detail": drain.reason}
+        return JSONResponse(told | {"delay_s": settings.drain_delay_s, "budget_s": settings.drain_s})
 
 
 def _mount_admin(app: FastAPI, service: Service, gate: Gate, settings: Settings) -> None:

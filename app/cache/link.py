@@ -36,6 +36,7 @@ from app.settings import Settings, mask_url
 log = logging.getLogger(__name__)
 
 PROBE_EVERY_S = 0.5
+CANCEL_AGAIN_S = 0.5
 MAX_CONNECTIONS = 64
 
 # All that redis-py and the system raise; some of redis-py's own are no RedisErrors.
@@ -44,6 +45,17 @@ FAILURES = (RedisError, RedisClusterException, ChildDeadlockedError, IncorrectPo
 _DOWN = (AuthenticationError, NoPermissionError, ReadOnlyError, ClusterDownError)
 # Errors of a server that is up and refuses all the same: full, loading, in a failover.
 _REFUSALS = ("OOM", "LOADING", "MISCONF", "MASTERDOWN", "CLUSTERDOWN", "NOREPLICAS", "BUSY", "UNBLOCKED")
+
+
+async def ended(task: asyncio.Task[Any]) -> None:
+    """Cancel a task that speaks to Redis, and return when it has ended.
+
+    Asked again and again: redis-py sends by `asyncio.wait_for`, which on Python 3.11 loses a cancellation that comes in
+    the moment in which it is done (bpo-37658).
+    """
+    while not task.done():
+        task.cancel()
+        await asyncio.wait({task}, timeout=CANCEL_AGAIN_S)
 
 
 class Link:
@@ -100,8 +112,7 @@ class Link:
 
     async def close(self) -> None:
         if self._probe:
-            self._probe.cancel()
-            await asyncio.gather(self._probe, return_exceptions=True)
+            await ended(self._probe)
         with contextlib.suppress(*FAILURES):
             async with asyncio.timeout(self._settings.redis_timeout_s):
                 await self.client.aclose()

@@ -13,7 +13,7 @@ from typing import Any
 
 from redis.exceptions import RedisError, ResponseError
 
-from app.cache.link import Link
+from app.cache.link import Link, ended
 from app.cache.near import Near
 
 log = logging.getLogger(__name__)
@@ -41,8 +41,7 @@ class Tracking:
 
     async def __aexit__(self, *_: object) -> None:
         if self._task:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await ended(self._task)
 
     async def _run(self) -> None:
         forgetting: asyncio.TimerHandle | None = None

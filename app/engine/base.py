@@ -35,6 +35,9 @@ class EngineState:
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def become(self, phase: Phase, detail: str = "") -> None:
+        """From draining there is no way back: a core that dies then is replaced for the calls that it had alone."""
+        if self.phase is Phase.DRAINING:
+            return
         if phase is not self.phase:
             self.since = time.time()
         self.phase, self.detail = phase, detail

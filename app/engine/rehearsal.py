@@ -1,7 +1,7 @@
 """Schemas, regexes and grammars are compiled in a child process first, under a limit of processor time.
 
-A grammar of a hundred bytes can take minutes to compile, or a fifth of a second for each token that it is asked
-about, and the engine asks between two steps: every other stream would stand still. So it is rehearsed: parsed,
+A grammar of a hundred bytes can take a fifth of a second for each token that it is asked about, and the engine asks
+between two steps of the whole batch; others compile for as long as one lets them. So it is rehearsed: parsed,
 compiled and walked a few tokens, in a child that the kernel ends when its time is up. What is found is remembered.
 What vLLM does not take is left for vLLM to refuse, whose message says why.
 """

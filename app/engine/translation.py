@@ -61,6 +61,7 @@ async def _rest(first: bytes, events: AsyncGenerator[bytes, None], about: Underw
     underway.set(about)  # some of vLLM's handlers begin to generate only after their first event
     async with aclosing(events):
         yield first
+        underway.set(about)  # Responses ask the engine only after their first event, when `answer` has returned
         with translated(about):
             async for event in events:
                 yield event

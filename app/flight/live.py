@@ -15,7 +15,7 @@ from typing import Any, Literal
 import msgspec
 from redis.exceptions import ResponseError
 
-from app.cache.link import FAILURES, Link, client
+from app.cache.link import FAILURES, Link, client, ended
 from app.cache.seal import NotOurs, Seal
 from app.errors import AppError, RedisDown
 from app.flight import names
@@ -158,8 +158,7 @@ class Reader:
 
     async def close(self) -> None:
         if self._task:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await ended(self._task)
         if self._client is not None:
             await self._client.aclose()
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from redis.exceptions import NoScriptError, ResponseError
 
-from app.cache.link import Link
+from app.cache.link import Link, ended
 from app.domain import Budget, Caller, Limits
 from app.errors import LimitsUnknown, QuotaSpent, RateLimited, RedisDown
 from app.gate.limits import NO_USAGE, Prices, Usage, amount
@@ -179,9 +179,9 @@ class Quotas:
         try:
             yield
         finally:
-            upkeep.cancel()
+            await ended(upkeep)
             settling = [task for tasks in self._settling.values() for task in tasks]
-            await asyncio.gather(upkeep, *settling, return_exceptions=True)
+            await asyncio.gather(*settling, return_exceptions=True)
 
     async def _keep_up(self) -> None:
         while True:

@@ -37,6 +37,9 @@ def test_prompts_are_estimated_as_finished_calls_taught() -> None:
     assert learned.expected(size, None).prompt_tokens == 100
     assert learned.prefill_s(Work(100, 8)) == pytest.approx(0.5)
     assert learned.decode_s(Work(100, 8)) == pytest.approx(0.8)
+    assert learned.prefilled_in(0.05) == 10
+    learned.learn(size, Timings(prompt_tokens=100, completion_tokens=8, prefill_s=5.0, decode_s=0.7))
+    assert learned.prefilled_in(0.05) == 9, "one that shared its step says little"
 
 
 def test_answers_are_expected_to_be_as_long_as_those_that_were_allowed_as_much() -> None:

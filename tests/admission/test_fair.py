@@ -99,6 +99,32 @@ def test_while_others_are_there_a_flood_leaves_places_and_sends_one_prefill_at_a
     assert queue.next(0).tenant == "quiet"
 
 
+def test_who_was_served_less_sends_all_its_prompts_at_once(queue: FairQueue) -> None:
+    queue.places = Places(sequences=64, quantum=256)
+    add(queue, call("quiet"), *(call("flood", 200) for _ in range(20)))
+    running = [each for each in (queue.next(0) for _ in range(3)) if each is not None]
+    assert len(running) == 2
+    for each in running:
+        queue.said(each)
+        queue.next(0)
+    add(queue, *(call("quiet", 60, 0) for _ in range(6)))
+    entered = [each.tenant for each in (queue.next(0) for _ in range(6)) if each is not None]
+    assert entered.count("quiet") == 6, "360 tokens, which are less than the other has in hand"
+
+
+def test_the_engine_is_behind_when_it_is_full_or_many_wait(queue: FairQueue) -> None:
+    queue.places = Places(sequences=16, quantum=1)
+    add(queue, call("quiet"), *(call("flood", 200) for _ in range(3)))
+    queue.next(0)
+    queue.next(0)
+    assert queue.calls() == 2
+    assert not queue.is_behind, "one prompt waits for another"
+    add(queue, *(call("flood", 200) for _ in range(8)))
+    assert queue.is_behind
+    queue.places = Places(sequences=2)
+    assert queue.is_behind
+
+
 def test_nothing_is_left_free_for_who_has_long_gone(queue: FairQueue) -> None:
     queue.places = Places(sequences=4)
     add(queue, call("quiet"))

@@ -15,6 +15,7 @@ import pytest
 from app.api import answers
 from app.gate.keys import KeyFile
 from tests.conftest import Running, chat, until
+from tests.sockets import post, received
 
 PATH = "/v1/chat/completions"
 # A header that is not on the list of those that mean nothing: its call goes the whole way.
@@ -51,10 +52,7 @@ def primed(server: Running, body: dict[str, object], **headers: str) -> None:
 
 
 def raw(body: dict[str, object] | bytes, **headers: str) -> bytes:
-    content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    lines = {"host": "x", "content-type": "application/json", "content-length": str(len(content))} | headers
-    head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
-    return f"POST {PATH} HTTP/1.1\r\n{head}\r\n".encode() + content
+    return post(PATH, body if isinstance(body, bytes) else json.dumps(body).encode(), **headers)
 
 
 def connected(server: Running) -> socket.socket:
@@ -62,25 +60,6 @@ def connected(server: Running) -> socket.socket:
     connection = socket.create_connection((host, int(port)), timeout=20)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return connection
-
-
-def received(connection: socket.socket, count: int = 1) -> list[tuple[int, dict[str, str], bytes]]:
-    """So many responses with a content length: status, headers, body."""
-    content, found = b"", []
-    while len(found) < count:
-        head, mark, rest = content.partition(b"\r\n\r\n")
-        if mark:
-            status, *lines = head.decode().split("\r\n")
-            headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
-            size = int(headers["content-length"])
-            if len(rest) >= size:
-                found.append((int(status.split()[1]), headers, rest[:size]))
-                content = rest[size:]
-                continue
-        more = connection.recv(65536)
-        assert more, f"the server closed the connection after {content!r}"
-        content += more
-    return found
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["body", "stream"])
@@ -241,3 +220,15 @@ def test_what_a_header_asks_for_is_done(server: Running, headers: dict[str, str]
             assert response.headers.get("x-cache") == status
             assert response.status_code == (200 if status else 415)
             assert response.headers.get("connection") == headers.get("connection")
+
+
+def test_a_client_that_is_silent_after_a_hot_hit_is_told_nothing(serve: Callable[..., Running]) -> None:
+    """What it reads next would be taken for the answer to its next request."""
+    server = serve(header_timeout_s=1.0, idle_timeout_s=15)
+    body = chat("then nothing", max_tokens=3)
+    primed(server, body)
+    with connected(server) as connection:
+        for _ in range(2):  # the second time the question is known by these bytes
+            connection.sendall(raw(body))
+            assert received(connection)[0][1]["x-cache"] == "hit"
+        assert connection.recv(65536) == b""

@@ -45,6 +45,7 @@ ROUTES = {
     "post /admin/models/reload",
     "post /admin/models/adapters",
     "delete /admin/models/adapters/{name}",
+    "post /admin/drain",
     "get /admin/usage",
 }
 
@@ -79,7 +80,7 @@ def test_every_schema_is_one() -> None:
 def test_every_operation_says_what_it_takes_and_gives(path: str, method: str, operation: dict[str, Any]) -> None:
     assert operation["summary"]
     assert operation["tags"][0] in {tag["name"] for tag in DOCUMENT["tags"]}
-    assert ("requestBody" in operation) == (method == "post" and not path.endswith(("cancel", "reload")))
+    assert ("requestBody" in operation) == (method == "post" and not path.endswith(("cancel", "reload", "drain")))
     responses = {status: resolved(response) for status, response in operation["responses"].items()}
     assert "200" in responses
     for status, response in responses.items():

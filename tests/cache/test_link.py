@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import redis.exceptions
 
-from app.cache.link import Link
+from app.cache.link import Link, ended
 from app.cache.recording import Recording
 from app.cache.store import Slot, Store
 from app.domain import Call, Caller, Endpoint, Form
@@ -99,3 +99,19 @@ async def test_the_reader_of_live_streams_tries_again(broken: tuple[Settings, Li
     assert not reading.done()
     reading.cancel()
     await asyncio.gather(reading, return_exceptions=True)
+
+
+async def test_a_task_that_loses_a_cancellation_is_ended_all_the_same() -> None:
+    """As `asyncio.wait_for` does on Python 3.11, in the moment in which it is done; the server's end would hang."""
+
+    async def stubborn() -> None:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            await asyncio.sleep(60)
+
+    task = asyncio.create_task(stubborn())
+    await asyncio.sleep(0)
+    async with asyncio.timeout(20):
+        await ended(task)
+    assert task.cancelled()

@@ -16,13 +16,12 @@ from app.gate.keys import KeyFile
 from app.gate.limits import NONE_OF_ITS_OWN
 from tests.conftest import chat, until
 from tests.ledger.reading import records
+from tests.sockets import post, received
 from tests.workers.conftest import BOT, CHAT, HOT, WHOLE_WAY, House, access_lines
 
 
 def raw(house: House, body: bytes, **headers: str) -> bytes:
-    lines = {"host": "x", "content-type": "application/json", "content-length": str(len(body))} | house.keys | headers
-    head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
-    return f"POST {CHAT} HTTP/1.1\r\n{head}\r\n".encode() + body
+    return post(CHAT, body, **(house.keys | headers))
 
 
 def connected(house: House, receive_bytes: int | None = None) -> socket.socket:
@@ -38,26 +37,6 @@ def connected(house: House, receive_bytes: int | None = None) -> socket.socket:
         connection.sendall(raw(house, json.dumps(HOT).encode()))
         assert received(connection)[0][0] == 200
     return connection
-
-
-def received(connection: socket.socket, count: int = 1) -> list[tuple[int, dict[str, str], bytes]]:
-    """So many responses: status, headers, body; chunks as they are."""
-    content, found = b"", []
-    while len(found) < count:
-        head, mark, rest = content.partition(b"\r\n\r\n")
-        if mark:
-            status, *lines = head.decode().split("\r\n")
-            headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
-            chunked_end = rest.find(b"0\r\n\r\n")
-            size = int(headers.get("content-length", chunked_end + 5 if chunked_end >= 0 else len(rest) + 1))
-            if len(rest) >= size:
-                found.append((int(status.split()[1]), headers, rest[:size]))
-                content = rest[size:]
-                continue
-        more = connection.recv(65536)
-        assert more, f"the connection was closed after {content!r}"
-        content += more
-    return found
 
 
 # --- hits -------------------------------------------------------------------------------------------
