@@ -238,7 +238,7 @@ def _answer_settings(settings: Settings) -> dict[str, str]:
         "tool_call_parser": settings.tool_call_parser,
         "reasoning_parser": settings.reasoning_parser,
         "chat_template": _chat_template(settings),
-        "compile": settings.compile,
+        "compile": cpu.compiles(settings),
         "tensor_parallel_size": settings.tensor_parallel_size,
         "engine_args": settings.engine_args or None,
     }

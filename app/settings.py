@@ -171,8 +171,8 @@ class Settings(BaseSettings):
     chat_template: str | None = Field(None, description="Path of a chat template that replaces the weights' own.")
     cpu_threads: int | None = Field(None, gt=0, description="Threads that compute on a CPU; by default all cores.")
     compile: bool = Field(
-        False,
-        description="CPU only: torch.compile the model. Faster, and starts in a minute instead of seconds; see README.",
+        True,
+        description="CPU only: compile the model. Faster; the first start takes a minute more, later ones load it.",
     )
     responses_store: bool = Field(
         False, description="Keep Responses in memory for GET, cancel and background. vLLM never evicts them."

@@ -167,7 +167,7 @@ OURS: dict[str, set[str]] = {
     "app.admission.learned": {"app.admission.work", "app.domain"},
     "app.admission.fair": {"app.admission.work", "app.domain"},
     "app.admission.bounds": {"app.admission.fair", "app.errors"},
-    "app.engine.preload": {"app.engine.norms", "app.lifeline"},
+    "app.engine.preload": {"app.engine.compiled", "app.engine.norms", "app.lifeline"},
     "app.service": {
         "app.admission",
         "app.counting",
@@ -243,7 +243,14 @@ WIRING = {"app.main", "app.__main__", "app.explaining"}
 VENDORS: dict[str, set[str]] = {
     "vllm": {"app.engine", "app.api.openapi"},
     "numpy": {"app.engine.stage"},
-    "torch": {"app.engine.norms", "app.plan.processor", "app.weights.convert", "app.weights.shapes", "app.train"},
+    "torch": {
+        "app.engine.compiled",
+        "app.engine.norms",
+        "app.plan.processor",
+        "app.weights.convert",
+        "app.weights.shapes",
+        "app.train",
+    },
     "transformers": {"app.weights.convert", "app.weights.shapes", "app.train"},
     "trl": {"app.train.training"},
     "peft": {"app.train.training", "app.train.export"},
@@ -296,7 +303,7 @@ ONLY_WHEN_NEEDED = {
 }
 ONLY_WHEN_NEEDED |= {"trl", "peft", "datasets", "matplotlib", "pyarrow", "cryptography"}
 # The fork server loads vLLM before anything is asked of it: that is what it is for, and it is guarded by a variable.
-LOADS_AHEAD = {"app.engine.preload", "app.engine.norms"}
+LOADS_AHEAD = {"app.engine.preload", "app.engine.norms", "app.engine.compiled"}
 FREE_OF_VENDORS = {
     "app.service",
     "app.forms",
