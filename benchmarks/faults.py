@@ -100,18 +100,20 @@ def run(
         trial = Trial(Place(server, home, is_small, step_file, chance), model.name, minutes * 60, faults, seed)
         try:
             asyncio.run(trial.run())
-        except RuntimeError as error:
-            trial.findings.append(str(error))
+        except* RuntimeError as failed:
+            trial.findings += [str(error) for error in failed.exceptions]
+        except* psutil.NoSuchProcess:
+            trial.findings.append("the server is gone")
         server.stop()
         if server.process.returncode:
             trial.findings.append(f"the server ended with {server.process.returncode}")
         trial.compare_ledger()
         log = server.log.read_text(errors="replace")
     tracebacks = log.count("Traceback (most recent call last)")
-    if tracebacks:
+    if tracebacks or trial.findings:
         kept = Path(tempfile.gettempdir()) / f"faults-{seed}.log"
         kept.write_text(log)
-        step(f"{tracebacks} tracebacks in the server's log, which is kept as {kept}")
+        step(f"the server's log is kept as {kept}")
     return _tell(report, trial, tracebacks, save)
 
 
@@ -252,6 +254,7 @@ class Trial:
         async with asyncio.TaskGroup() as group:
             for at, kind in plan:
                 group.create_task(one(at, kind))
+        self.place.server.check()
 
     async def _sample(self) -> None:
         leader = psutil.Process(self.place.server.process.pid)

@@ -181,7 +181,7 @@ async def _messages(clients: Clients, case: Case, headers: dict[str, str], heard
     more: Fields = {"stream": True} if case.stream else {}
     raw = await clients.anthropic.messages.with_raw_response.create(**case.body, **more, extra_headers=headers)
     heard.note(raw.http_response.status_code, raw.headers)
-    answer: Any = raw.parse()
+    answer: Any = await raw.parse()  # this library's is a coroutine
     if not case.stream:
         heard.add(answer.content[0].text, answer.stop_reason, answer.usage)
         return
