@@ -88,7 +88,6 @@ def run(
     model = servers.weights(step)
     settings = {"minutes": minutes, "faults": faults, "seed": seed, "clients": CLIENTS} | SETTINGS
     report = Report("faults", PHYSICS, settings)
-    chance = random.Random(seed)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rb-")))
         (home := folder / "home").mkdir()
@@ -97,7 +96,7 @@ def run(
         step_file, clock = movable_clock(folder)
         server = stack.enter_context(servers.refrain(home, folder, **SETTINGS, **clock))
         server.wait_ok("/readyz", 600, 0.1)
-        trial = Trial(Place(server, home, is_small, step_file, chance), model.name, minutes * 60, faults, seed)
+        trial = Trial(Place(server, home, is_small, step_file), model.name, minutes * 60, faults, seed)
         try:
             asyncio.run(trial.run())
         except* RuntimeError as failed:
@@ -173,7 +172,7 @@ class Trial:
             await self._learn(clients, pool, hot)
             await self._settle()
             self.before = Standing.of(place)
-            plan = drawn(possible(place), self.count, self.seconds, place.chance)
+            plan = drawn(possible(place), self.count, self.seconds, random.Random(self.seed))
             step(f"{self.count} faults in {self.seconds / 60:g} minutes, of {', '.join(possible(place))}")
             until = time.monotonic() + self.seconds
             async with asyncio.TaskGroup() as group:
@@ -244,7 +243,7 @@ class Trial:
         async def one(at: float, kind: str) -> None:
             await asyncio.sleep(began + at - time.monotonic())
             try:
-                made = await make(self.place, kind, locks)
+                made = await make(self.place, kind, random.Random(f"{self.seed} {at}"), locks)
             except RuntimeError as error:
                 self.findings.append(f"{kind}: {error}")
                 return

@@ -252,14 +252,14 @@ def cases(model: str, seed: int) -> list[Case]:
         greedy = {"temperature": 0}
         tokens = [chance.choice((16, 24, 32, 48, 64, 96, 128)) for _ in range(4)]
         odd = number % 2 == 1
-        shape: Fields = [
+        shapes: list[Fields] = [
             greedy | {"presence_penalty": 0.5},
             {"temperature": 0.8, "seed": number},
             greedy | {"response_format": {"type": "json_object"}},
             greedy | {"frequency_penalty": 0.3},
-        ][number % 4]
+        ]
         found += [
-            Case(f"chat {topic}", "chat", chat | shape | {"max_tokens": tokens[0]}, odd),
+            Case(f"chat {topic}", "chat", chat | shapes[number % 4] | {"max_tokens": tokens[0]}, odd),
             Case(
                 f"text {topic}",
                 "bare",

@@ -37,7 +37,6 @@ class Place:
     home: Path
     is_small_disk: bool
     step_file: Path | None
-    chance: random.Random
     streams: list[Case] = field(default_factory=list)
     vanish: Callable[[Case], Awaitable[None]] | None = None
 
@@ -87,11 +86,11 @@ class Made:
 # --- the kinds: each does it, waits its time, undoes it, and tells what there is to tell ---
 
 
-async def engine_killed(place: Place) -> str:
+async def engine_killed(place: Place, chance: random.Random) -> str:
     return await _core_signalled(place, signal.SIGKILL)
 
 
-async def engine_stopped(place: Place) -> str:
+async def engine_stopped(place: Place, chance: random.Random) -> str:
     """It is not let go on: that is the server's to find out and to end."""
     return await _core_signalled(place, signal.SIGSTOP)
 
@@ -112,7 +111,7 @@ async def _core_signalled(place: Place, number: signal.Signals) -> str:
     return f"pid {core.pid}"
 
 
-async def redis_killed(place: Place) -> str:
+async def redis_killed(place: Place, chance: random.Random) -> str:
     found = place.redis()
     if found is None:
         return "it was not there"
@@ -120,8 +119,8 @@ async def redis_killed(place: Place) -> str:
     return f"pid {found.pid}"
 
 
-async def redis_stopped(place: Place) -> str:
-    found, seconds = place.redis(), place.chance.uniform(2, 15)
+async def redis_stopped(place: Place, chance: random.Random) -> str:
+    found, seconds = place.redis(), chance.uniform(2, 15)
     if found is None:
         return "it was not there"
     found.suspend()
@@ -132,7 +131,7 @@ async def redis_stopped(place: Place) -> str:
     return f"{seconds:.0f} s"
 
 
-async def redis_flushed(place: Place) -> str:
+async def redis_flushed(place: Place, chance: random.Random) -> str:
     (url,) = embedded.running(place.home)
     async with redis.asyncio.from_url(url, socket_timeout=5) as client:
         held = await client.dbsize()
@@ -140,9 +139,9 @@ async def redis_flushed(place: Place) -> str:
     return f"{held} keys"
 
 
-async def disk_filled(place: Place) -> str:
+async def disk_filled(place: Place, chance: random.Random) -> str:
     """The disk of the ledger, of Redis's snapshot and of the registry; somebody publishes meanwhile."""
-    registry, filler, seconds = Registry(place.home / "weights"), place.home / "filler", place.chance.uniform(5, 20)
+    registry, filler, seconds = Registry(place.home / "weights"), place.home / "filler", chance.uniform(5, 20)
     try:
         fill(filler)
         published = await asyncio.to_thread(_publish, registry, f"small-{time.monotonic_ns()}")
@@ -180,25 +179,25 @@ def _publish(registry: Registry, name: str) -> str:
     return ""
 
 
-async def clients_vanished(place: Place) -> str:
+async def clients_vanished(place: Place, chance: random.Random) -> str:
     """A crowd comes and goes at once, each in the middle of its stream."""
     assert place.vanish is not None
-    crowd = place.chance.choices(place.streams, k=place.chance.randint(8, 24))
+    crowd = chance.choices(place.streams, k=chance.randint(8, 24))
     await asyncio.gather(*(place.vanish(case) for case in crowd))
     return f"{len(crowd)} clients"
 
 
-async def clock_stepped(place: Place) -> str:
+async def clock_stepped(place: Place, chance: random.Random) -> str:
     """The wall clock of server, core and Redis; it stays there until the next step."""
     assert place.step_file is not None
-    seconds = place.chance.choice((-1, 1)) * place.chance.randint(30, 7200)
+    seconds = chance.choice((-1, 1)) * chance.randint(30, 7200)
     with place.step_file.open("r+b") as file:  # it is mapped: it must never be shorter
         file.write(struct.pack("q", seconds))
     await asyncio.sleep(5)
     return f"to {seconds:+d} s"
 
 
-KINDS: dict[str, Callable[[Place], Awaitable[str]]] = {
+KINDS: dict[str, Callable[[Place, random.Random], Awaitable[str]]] = {
     "engine kill -9": engine_killed,
     "engine SIGSTOP": engine_stopped,
     "redis kill -9": redis_killed,
@@ -231,11 +230,11 @@ async def one_at_a_time(kind: str, locks: dict[str, asyncio.Lock]) -> AsyncItera
         yield
 
 
-async def make(place: Place, kind: str, locks: dict[str, asyncio.Lock]) -> Made:
+async def make(place: Place, kind: str, chance: random.Random, locks: dict[str, asyncio.Lock]) -> Made:
     """Raises RuntimeError: the server did not bear it."""
     async with one_at_a_time(kind, locks):
         made = Made(kind, time.monotonic())
-        made.note = await KINDS[kind](place)
+        made.note = await KINDS[kind](place, chance)
         made.over = time.monotonic()
         await asyncio.sleep(0.5)  # until it can have noticed
         await place.until(place.is_well, f"recovery from: {kind}")
