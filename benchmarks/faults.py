@@ -25,6 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from app.ledger import files
 from app.ledger.record import Record
+from app.settings import Settings
 from benchmarks import servers
 from benchmarks.faults_calls import UNSAVED, Case, Clients, Heard, cases, hot_cases
 from benchmarks.faults_kinds import HURT_REDIS, Made, Place, drawn, furnish, make, movable_clock, possible, small_disk
@@ -265,7 +266,7 @@ class Trial:
 
     async def _settle(self) -> None:
         """Until nobody is served any more and idle connections are closed; what is left then is left behind."""
-        await asyncio.sleep(8)
+        await asyncio.sleep(Settings.model_fields["idle_timeout_s"].default + 3)
         deadline = time.monotonic() + SETTLE_S
         async with httpx.AsyncClient(base_url=self.place.server.url, timeout=30) as http:
             while time.monotonic() < deadline:
