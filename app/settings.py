@@ -74,7 +74,12 @@ class Settings(BaseSettings):
     write_timeout_s: float = Field(
         60.0, gt=0, description="How long a client may read nothing of its answer; then it is cut off."
     )
-    idle_timeout_s: int = Field(5, gt=0, description="How long a connection is kept after an answer, in seconds.")
+    idle_timeout_s: int = Field(
+        12,
+        gt=0,
+        description="How long a connection is kept after an answer, in seconds; a client that keeps it longer may "
+        "send a call into its end. OpenAI's and Anthropic's keep it for 5.",
+    )
     max_connections: int = Field(4096, gt=0, description="Most connections of one process; one more is a 503.")
     keep_alive_s: float = Field(
         10.0, gt=0, description="Silence on a stream, in seconds, before a keep-alive comment is sent."
