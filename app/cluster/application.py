@@ -9,7 +9,7 @@ from ray import serve
 from app.cluster.replica import Replica
 from app.settings import load
 
-# To close the engine, after what ran has ended.
+# To close the port and the engine, before and after what runs has ended.
 _CLOSE_S = 20.0
 
 

@@ -17,7 +17,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import FastAPI
@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 # The longest that weights may take to load before Ray is told that they do not.
 LOAD_S = 3600.0
+# Between the port's closing and the first refusal: who had connected by then has sent its request.
+SETTLE_S = 0.5
 # What may be changed in a replica that runs; anything else is for a new one.
 CHANGEABLE = frozenset({"model"})
 
@@ -45,7 +47,7 @@ class Replica:
         self._settings = load(**given)
         check_shared(self._settings)
         logs.configure(format=self._settings.log_format, level=self._settings.log_level)
-        self._started: tuple[FastAPI, asyncio.Task[None]] | None = None
+        self._started: _Started | None = None
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Start with these settings, or serve other weights from now on.
@@ -70,10 +72,9 @@ class Replica:
         """Raises EngineDown where another replica is needed. One that loads, or restarts its engine, is well."""
         if self._started is None:
             return
-        app, serving = self._started
-        if serving.done():
+        if self._started.serving.done():
             raise EngineDown("the server of this replica has ended")
-        state = app.state.service.engine.state
+        state = self._app.state.service.engine.state
         if state.phase is Phase.FAILED:
             raise EngineDown(f"the engine is down: {state.detail}")
 
@@ -82,11 +83,15 @@ class Replica:
         return {"calls": self._app.state.service.admission.calls if self._started else 0}
 
     async def drain(self) -> None:
-        """Leave as on SIGTERM: readiness first, then no new work, and the end when what runs has ended (`drain_s`)."""
+        """Leave as on SIGTERM: readiness first, then the port, then no new work; over when what runs has ended.
+
+        The port closes before anything is refused, so that a new connection comes to another replica.
+        """
         if self._started is not None:
-            app, serving = self._started
-            app.state.drain.begin("Ray stops this replica")
-            await asyncio.wait({serving})
+            self._app.state.drain.begin("Ray stops this replica")
+            await asyncio.sleep(self._settings.drain_delay_s)
+            self._started.server.stop_listening()
+            await asyncio.wait({self._started.serving})
 
     async def door(self, scope: Any, receive: Any, send: Any) -> None:
         """The app for Ray's proxy. Its lifespan is that of the port, so here it is only acknowledged."""
@@ -99,13 +104,14 @@ class Replica:
     def _app(self) -> FastAPI:
         if self._started is None:  # Ray sends nothing before `reconfigure` has returned
             raise RuntimeError("this replica is not started")
-        return self._started[0]
+        return self._started.app
 
     async def _start(self, settings: Settings) -> None:
         """Returns when the engine is ready and the port open, in that order."""
         weights = await asyncio.to_thread(main.find_weights, settings, log.info)
         sources = replace(main.swap_sources(settings), find=lambda: main.find_weights(self._settings, log.info))
-        app = main.create_app(settings, weights, sources=sources, on_progress=log.info)
+        delayed = settings.model_copy(update={"drain_delay_s": settings.drain_delay_s + SETTLE_S})
+        app = main.create_app(delayed, weights, sources=sources, on_progress=log.info)
         app.router.lifespan_context = _until_ready(app)
         listening = asyncio.Event()
 
@@ -123,7 +129,7 @@ class Replica:
         if serving.done():
             await serving
             raise StartRefused("the server did not start; the replica's log says why")
-        self._started = app, serving
+        self._started = _Started(app, server, serving)
 
 
 class Hosted(main.Server):
@@ -132,6 +138,17 @@ class Hosted(main.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    def stop_listening(self) -> None:
+        for server in self.servers:
+            server.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Started:
+    app: FastAPI
+    server: Hosted
+    serving: asyncio.Task[None]
 
 
 def check_shared(settings: Settings) -> None:

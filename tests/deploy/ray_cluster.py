@@ -51,11 +51,10 @@ class Cluster:
     def headers(self) -> dict[str, str]:
         return {"authorization": f"Bearer {self.secret}"}
 
-    def deploy(self, *, user_config: dict[str, Any] | None = None, **options: Any) -> None:
-        """Returns when all replicas are ready; again, when all have heard of the change."""
-        from ray import serve
-
-        from app.cluster.application import deployment
+    def deploy(self, *, user_config: dict[str, Any] | None = None, speed: float = 40.0, **options: Any) -> None:
+        """As `serve deploy` would; returns when Ray says that it is so. Another speed is for new replicas."""
+        from ray.serve.context import _get_global_client
+        from ray.serve.schema import ServeDeploySchema
 
         args = {
             "engine": "scripted",
@@ -67,16 +66,19 @@ class Cluster:
             "drain_s": 5.0,
             "stream_resume_s": 30.0,
             "flight_lease_s": 1.0,
-            "scripted_tokens_per_s": 40.0,
+            "scripted_tokens_per_s": speed,
             "scripted_max_calls": 32,
         }
-        quick = {
-            "health_check_period_s": 0.5,
-            "graceful_shutdown_wait_loop_s": 0.1,
-            "ray_actor_options": {"num_cpus": 0},
+        quick = {"health_check_period_s": 0.5, "graceful_shutdown_wait_loop_s": 0.1}
+        ours = {"name": "refrain", "user_config": user_config or {}, "ray_actor_options": {"num_cpus": 0}}
+        application = {
+            "name": APP,
+            "import_path": "app.cluster.application:build",
+            "args": args,
+            "deployments": [ours | quick | options],
         }
-        made = deployment(args).options(user_config=user_config or {}, **quick | options)
-        serve.run(made.bind(args), name=APP)
+        config = ServeDeploySchema.model_validate({"applications": [application]})
+        _get_global_client().deploy_apps(config, _blocking=True)
 
     def running(self) -> int:
         """How many replicas run; 0 while one comes or goes."""
