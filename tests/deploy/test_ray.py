@@ -30,7 +30,10 @@ from tests.deploy.ray_cluster import BOT, Cluster, free_port, started
 from tests.flight.asking import CHAT
 from tests.weights.conftest import publish
 
-pytestmark = pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20:ray")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20:ray"),
+    pytest.mark.filterwarnings("ignore:.*metrics_interval_s"),  # Ray's default of 10 s has no other way yet
+]
 
 FOLDER = REPOSITORY / "deploy" / "ray"
 
@@ -195,6 +198,7 @@ def test_replicas_are_added_under_load_and_taken_away_after_it_and_no_call_fails
         "target_ongoing_requests": 4,
         "upscale_delay_s": 0.2,
         "downscale_delay_s": 0.5,
+        "metrics_interval_s": 0.2,
         "look_back_period_s": 1.0,
         "policy": {"policy_function": "app.cluster.scaling:by_calls"},
     }
@@ -234,13 +238,14 @@ async def test_ray_is_told_when_the_engine_or_the_port_is_gone_and_not_when_weig
 ) -> None:
     home = Path(given["home"])
     KeyFile(home / "keys.json").create("t")
-    publish(Registry(home / "weights"), BOT, 1)
-    one = Replica(given | {"model": BOT})
+    digest = publish(Registry(home / "weights"), BOT, 1)
+    one = Replica(given | {"model": f"{BOT}@{digest}"})
     with pytest.raises(StartRefused, match="port"):
         await one.reconfigure({"port": 1})
     await one.reconfigure({})
     await one.check_health()
-    await one.reconfigure({"model": "nobody"})
+    await one.reconfigure({"model": f"{BOT}@{'f' * 64}"})
+    assert one._app.state.swapper.is_failed
     await one.check_health()
     assert await one.record_autoscaling_stats() == {"calls": 0}
     engine = one._app.state.service.engine
