@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -292,3 +293,17 @@ def test_every_config_fits_rays_schema_and_builds(monkeypatch: pytest.MonkeyPatc
             }
             build(application.args)
             assert [each.name for each in application.deployments] == ["refrain"], name
+
+
+@pytest.mark.parametrize("version", ["1.31", "1.37"])
+def test_the_manifests_pods_and_service_fit_kubernetes_own_schemas(version: str) -> None:
+    ray_service, service = yaml.safe_load_all((FOLDER / "rayservice.yaml").read_text())
+    kubernetes_validate.validate(service, version, strict=True)
+    cluster = ray_service["spec"]["rayClusterConfig"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    for group in groups:
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}} | group["template"]
+        kubernetes_validate.validate(pod, version, strict=True)
+    assert service["spec"]["selector"]["ray.io/group"] == groups[1]["groupName"]
+    ports = {each["name"] for each in groups[1]["template"]["spec"]["containers"][0]["ports"]}
+    assert service["spec"]["ports"][0]["targetPort"] in ports
