@@ -21,9 +21,10 @@ from benchmarks.report import Report, step, verdict
 
 PHYSICS = """\
 The scripted engine computes so many tokens a second, prompts counted, for all its calls together: that bounds one
-replica, and not the machine, whose two cores all of this shares. Its calls alone could be three times as fast. So a second replica should double what is answered, less what the
-way there costs. Each call is a new one, on a connection of its own, at the port that the replicas share.
-A hit costs a server of ours a tenth of a millisecond of processor time: what it costs by Ray's proxy is Ray's."""
+replica, and not the machine, whose two cores all of this shares. Its calls alone could be three times as fast. So a
+second replica should double what is answered, less what the way there costs. Each call is a new one, on a connection
+of its own, at the port that the replicas share. A hit costs a server of ours a tenth of a millisecond of processor
+time: what it costs by Ray's proxy is Ray's."""
 
 APP = "refrain"
 PLACES, TOKENS_PER_S, CALL_TOKENS_PER_S, TOKENS = 8, 300.0, 120.0, 16
