@@ -142,7 +142,7 @@ def create_app(
     app = FastAPI(
         title="Refrain", version=__version__, lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None
     )
-    app.state.service, app.state.pool, app.state.drain = service, pool, drain
+    app.state.service, app.state.pool, app.state.drain, app.state.swapper = service, pool, drain, swapper
     answering = mount_routes(app, service, gate, quotas, settings, swapper, drain, pool.counted)
     mount_docs(app)
     ends = Ends(access, ledger, tracer)
@@ -381,7 +381,7 @@ def run(settings: Settings, app: FastAPI, on_listening: Callable[[str], None]) -
         StartRefused: the address cannot be bound.
     """
     server = Server(uvicorn_config(settings, app), app, on_listening)
-    with _bound(settings) as listener, contextlib.suppress(KeyboardInterrupt):
+    with bound(settings) as listener, contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
     return server.started
 
@@ -414,13 +414,24 @@ def bounds(settings: Settings) -> Bounds:
     )
 
 
-def _bound(settings: Settings) -> socket.socket:
-    """A socket on the address; uvicorn's own way to bind ends the process where it fails."""
+def bound(settings: Settings, *, is_shared: bool = False) -> socket.socket:
+    """A socket on the address; uvicorn's own way to bind ends the process where it fails.
+
+    One that is shared takes connections only from when it listens, and the kernel deals them out to all who do.
+
+    Raises:
+        StartRefused: the address cannot be bound.
+    """
     try:
         family, _, _, _, address = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        listener = socket.create_server(address[:2], family=family, backlog=2048)
+        if is_shared:
+            listener = socket.socket(family)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            listener.bind(address[:2])
+        else:
+            listener = socket.create_server(address[:2], family=family, backlog=2048)
     except OSError as error:
         raise StartRefused(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}") from error
     _notice_the_vanished(listener, settings.write_timeout_s)

@@ -22,6 +22,7 @@ BENCHMARKS = (
     "workers",
     "overload",
     "fairness",
+    "ray_serve",
 )
 # Not a figure but a search: asked for by its name alone.
 SEARCHES = ("fuzz",)

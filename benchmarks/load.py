@@ -24,7 +24,14 @@ WARM_UP_S = 0.3
 
 
 def measure(
-    url: str, body: bytes, marks: list[str], connections: int, seconds: float, *, pause_s: float = 0.0
+    url: str,
+    body: bytes,
+    marks: list[str],
+    connections: int,
+    seconds: float,
+    *,
+    pause_s: float = 0.0,
+    key: str = "none",
 ) -> dict[str, float]:
     """Run the client for a while, and return requests/s, latencies in ms, and its own share of a core.
 
@@ -40,6 +47,7 @@ def measure(
         "connections": connections,
         "seconds": seconds,
         "pause_s": pause_s,
+        "key": key,
     }
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.load"], input=json.dumps(order), capture_output=True, text=True, check=False
@@ -116,7 +124,7 @@ def is_whole(received: bytes) -> bool:
 async def _run(order: dict[str, Any]) -> dict[str, float]:
     target, body = urlsplit(order["url"]), order["body"].encode()
     head = (
-        f"POST {target.path} HTTP/1.1\r\nhost: {target.netloc}\r\nauthorization: Bearer none\r\n"
+        f"POST {target.path} HTTP/1.1\r\nhost: {target.netloc}\r\nauthorization: Bearer {order['key']}\r\n"
         f"content-type: application/json\r\naccept: */*\r\ncontent-length: {len(body)}\r\n\r\n"
     )
     run = Run(head.encode() + body, [mark.encode() for mark in order["marks"]], order["seconds"], order["pause_s"])

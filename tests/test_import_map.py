@@ -49,6 +49,10 @@ app/workers/                               domain, errors, settings, service, se
                                            `answers` and `edge` of api; of cache and flight what a Service is made of
                                                                                            httptools, uvloop
 app/explaining.py                          everything: a command's inside
+app/cluster/                               main: another wiring; errors, settings, engine, gate, observe
+                                                                                           fastapi
+    application.py                         settings, replica                               ray
+    scaling.py                             nothing of ours: it runs in Ray's controller
 app/main.py                                everything: the wiring                          fastapi, uvicorn
 app/__main__.py                            everything, inside its commands                 typer, rich
 ```
@@ -232,6 +236,16 @@ OURS: dict[str, set[str]] = {
         "app.workers",
     },
     "app.explaining": {"app"},
+    "app.cluster": {
+        "app.cluster",
+        "app.engine",
+        "app.errors",
+        "app.gate",
+        "app.main",
+        "app.observe",
+        "app.settings",
+    },
+    "app.cluster.scaling": set(),
     "app.main": {"app"},
     "app.__main__": {"app"},
 }
@@ -275,7 +289,8 @@ VENDORS: dict[str, set[str]] = {
     "cryptography": {"app.cache.seal"},
     "pyarrow": {"app.ledger.exports"},
     "rfc8785": {"app.cache.key", "app.weights.digest"},
-    "fastapi": {"app.api", "app.main"},
+    "fastapi": {"app.api", "app.cluster.replica", "app.main"},
+    "ray": {"app.cluster.application"},
     "starlette": {"app.api", "app.engine.building"},
     "uvicorn": {"app.api", "app.main"},
     "httptools": {"app.workers.front"},
@@ -470,7 +485,7 @@ def test_everything_imported_is_asked_for_in_pyproject() -> None:
     """What another package happens to bring along is gone when that package changes its mind."""
     described = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = described["dependencies"] + described["optional-dependencies"]["train"]
-    wanted += described["optional-dependencies"]["otel"]
+    wanted += described["optional-dependencies"]["otel"] + described["optional-dependencies"]["ray"]
     asked = {re.split(r"[^A-Za-z0-9._-]", each)[0].lower() for each in wanted} | {"starlette"}
     offenders = [
         str(each)

@@ -124,6 +124,11 @@ class Admission:
         per_s = self._drain.per_s
         return self._queue.ahead(call.caller.tenant, call.priority) / per_s if per_s else 0.0
 
+    @property
+    def calls(self) -> int:
+        """How many are in the engine or wait for it."""
+        return self._queue.running + sum(self._queue.calls(priority) for priority in Priority)
+
     def tell(self) -> None:
         """Set the gauges."""
         for priority in Priority:

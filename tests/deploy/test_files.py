@@ -126,7 +126,7 @@ def test_a_container_is_given_time_to_drain() -> None:
 
 def test_every_setting_that_is_named_exists() -> None:
     known = {f"REFRAIN_{name.upper()}" for name in Settings.model_fields} | {"REFRAIN_CONFIG"}
-    folders = (ROOT / "docker", ROOT / "deploy" / "kubernetes")
+    folders = (ROOT / "docker", ROOT / "deploy" / "kubernetes", ROOT / "deploy" / "ray")
     files = [ROOT / "Dockerfile", *(file for folder in folders for file in folder.rglob("*.*") if file.is_file())]
     named = {name for file in files for name in re.findall(r"\bREFRAIN_[A-Z0-9_]+", file.read_text())}
     assert named >= {"REFRAIN_HOST", "REFRAIN_HOME", "REFRAIN_REDIS_URL"}

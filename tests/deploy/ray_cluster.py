@@ -1,0 +1,139 @@
+"""One Ray on this machine for all tests, and Refrain deployed on it: replicas, their processes, their two doors."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from app.gate.keys import KeyFile
+from app.weights import Registry
+from tests.conftest import RedisServer, until
+from tests.weights.conftest import publish
+
+APP, BOT = "refrain", "bot"
+_QUICK = {
+    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.2",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_enable_metrics_collection": "0",
+}
+
+
+@dataclass
+class Cluster:
+    """Ray, a Redis, a home with keys and two sets of weights, and the application that is deployed again and again."""
+
+    home: Path
+    redis: RedisServer
+    secret: str
+    digests: tuple[str, str]
+    proxy_port: int
+    port: int
+
+    @property
+    def url(self) -> str:
+        """The replicas' own door."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def rays(self) -> str:
+        return f"http://127.0.0.1:{self.proxy_port}"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"authorization": f"Bearer {self.secret}"}
+
+    def deploy(self, *, user_config: dict[str, Any] | None = None, speed: float = 40.0, **options: Any) -> None:
+        """As `serve deploy` would; returns when Ray says that it is so. Another speed is for new replicas."""
+        from ray.serve.context import _get_global_client
+        from ray.serve.schema import ServeDeploySchema
+
+        args = {
+            "engine": "scripted",
+            "model": f"{BOT}@{self.digests[0]}",
+            "home": str(self.home),
+            "redis_url": self.redis.url,
+            "redis_timeout_s": 2.0,
+            "port": self.port,
+            "drain_s": 5.0,
+            "stream_resume_s": 30.0,
+            "flight_lease_s": 1.0,
+            "scripted_tokens_per_s": speed,
+            "scripted_max_calls": 32,
+        }
+        quick = {"health_check_period_s": 0.5, "graceful_shutdown_wait_loop_s": 0.1}
+        ours = {"name": "refrain", "user_config": user_config or {}, "ray_actor_options": {"num_cpus": 0}}
+        application = {
+            "name": APP,
+            "import_path": "app.cluster.application:build",
+            "args": args,
+            "deployments": [ours | quick | options],
+        }
+        config = ServeDeploySchema.model_validate({"applications": [application]})
+        _get_global_client().deploy_apps(config, _blocking=True)
+
+    def running(self) -> int:
+        """How many replicas run; 0 while one comes or goes."""
+        from ray import serve
+
+        states = serve.status().applications[APP].deployments["refrain"].replica_states
+        return states.get("RUNNING", 0) if set(states) == {"RUNNING"} else 0
+
+    def wait_running(self, replicas: int) -> None:
+        until(lambda: self.running() == replicas, 60, 0.1)
+
+    def replicas(self) -> list[psutil.Process]:
+        """The processes that listen at the replicas' own door."""
+        return [each for each in psutil.Process().children(recursive=True) if _listens(each, self.port)]
+
+
+def _listens(process: psutil.Process, port: int) -> bool:
+    try:
+        found = process.net_connections(kind="tcp")
+    except psutil.Error:  # it has just ended
+        return False
+    return any(each.status == psutil.CONN_LISTEN and each.laddr.port == port for each in found)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+@contextmanager
+def started(redis: RedisServer) -> Iterator[Cluster]:
+    import ray
+    from ray import serve
+
+    for name in [each for each in os.environ if each.startswith("REFRAIN_")]:
+        del os.environ[name]
+    os.environ |= _QUICK
+    folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: unix sockets lie below it
+    home = folder / "home"
+    secret, _ = KeyFile(home / "keys.json").create("t")
+    registry = Registry(home / "weights")
+    digests = publish(registry, BOT, 1), publish(registry, BOT, 2)
+    proxy_port = free_port()
+    ray.init(
+        num_cpus=2,
+        object_store_memory=100 * 2**20,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+        _temp_dir=str(folder / "ray"),
+    )
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": proxy_port})
+        yield Cluster(home, redis, secret, digests, proxy_port, free_port())
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
