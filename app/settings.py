@@ -74,7 +74,12 @@ class Settings(BaseSettings):
     write_timeout_s: float = Field(
         60.0, gt=0, description="How long a client may read nothing of its answer; then it is cut off."
     )
-    idle_timeout_s: int = Field(5, gt=0, description="How long a connection is kept after an answer, in seconds.")
+    idle_timeout_s: int = Field(
+        12,
+        gt=0,
+        description="How long a connection is kept after an answer, in seconds; a client that keeps it longer may "
+        "send a call into its end. OpenAI's and Anthropic's keep it for 5.",
+    )
     max_connections: int = Field(4096, gt=0, description="Most connections of one process; one more is a 503.")
     keep_alive_s: float = Field(
         10.0, gt=0, description="Silence on a stream, in seconds, before a keep-alive comment is sent."
@@ -113,6 +118,11 @@ class Settings(BaseSettings):
         DEFAULT_MODEL, description="What to serve: a registry name, a local Hugging Face directory, or a hub id."
     )
     served_model_name: str | None = Field(None, description="Name clients use; by default the model's own.")
+    weights_store: str | None = Field(
+        None,
+        description="Where weights are pushed to and pulled from: s3://bucket/prefix (needs refrain[s3]), another URL "
+        "that fsspec knows, or a folder.",
+    )
     watch_s: float = Field(
         2.0, ge=0, description="How often a running server looks for other current weights, in seconds; 0: never."
     )
@@ -166,8 +176,8 @@ class Settings(BaseSettings):
     chat_template: str | None = Field(None, description="Path of a chat template that replaces the weights' own.")
     cpu_threads: int | None = Field(None, gt=0, description="Threads that compute on a CPU; by default all cores.")
     compile: bool = Field(
-        False,
-        description="CPU only: torch.compile the model. Faster, and starts in a minute instead of seconds; see README.",
+        True,
+        description="CPU only: compile the model. Faster; the first start takes a minute more, later ones load it.",
     )
     responses_store: bool = Field(
         False, description="Keep Responses in memory for GET, cancel and background. vLLM never evicts them."
@@ -399,6 +409,16 @@ class Settings(BaseSettings):
                 raise ValueError(f"{each} is no origin; one looks like https://chat.example.com")
         return value
 
+    @field_validator("weights_store", mode="after")
+    @classmethod
+    def _holds_no_secret(cls, value: str | None) -> str | None:
+        """It is shown by `refrain config` and in messages."""
+        if value and "://" not in value and not Path(value).is_absolute():
+            raise ValueError("a URL like s3://bucket/prefix, or an absolute path, is needed")
+        if value and _SECRET_IN_URL.search(value):
+            raise ValueError("it may hold no password and no ?; credentials go where the store's own library looks")
+        return value or None
+
     @field_validator("trusted_fields", mode="after")
     @classmethod
     def _are_guarded(cls, value: str | None) -> str | None:
@@ -575,5 +595,6 @@ def mask_url(url: str) -> str:
     return f"{scheme}{separator}{user}:***@{location}" if at else f"{scheme}{separator}{rest}"
 
 
+_SECRET_IN_URL = re.compile(r"://[^@]*:[^@]*@|\?")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[A-Za-z0-9.\-\[\]:]+")
 _PASSWORD_OPTION = re.compile(r"([?&]\w*password=)[^&]*", re.IGNORECASE)

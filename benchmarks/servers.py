@@ -218,6 +218,8 @@ def fresh_home() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="rb-") as directory:  # short: it holds a unix socket
         home = Path(directory)
         (home / "weights").symlink_to(WEIGHTS_HOME / "weights")
+        (WEIGHTS_HOME / "compiled").mkdir(exist_ok=True)
+        (home / "compiled").symlink_to(WEIGHTS_HOME / "compiled")
         with contextlib.suppress(FileNotFoundError):
             (home / "digests.json").write_bytes((WEIGHTS_HOME / "digests.json").read_bytes())
         yield home
@@ -227,8 +229,8 @@ def our_engine(model: Weights) -> tuple[list[str], dict[str, str]]:
     """The `vllm serve` command line and environment that give the engine Refrain runs by default."""
     settings = Settings(home=WEIGHTS_HOME)
     flags = vllm.arguments(settings, model)
-    # `vllm serve` has no kernels of ours to choose.
-    for name in ("--model", "--kernel-config"):
+    # `vllm serve` has no kernels and no worker of ours to choose.
+    for name in ("--model", "--kernel-config", "--worker-cls"):
         if name in flags:
             at = flags.index(name)
             del flags[at : at + 2]

@@ -29,7 +29,7 @@ def run(*, quick: bool, rounds: int | None, save: bool) -> dict[str, Any]:
     report = Report("start", PHYSICS, {"rounds": rounds, "model": model.short})
     call = {
         "model": model.name,
-        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "messages": [{"role": "user", "content": "What is the capital of Germany?"}],
         "temperature": 0,
         "max_tokens": 16,
     }

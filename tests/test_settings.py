@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import anthropic
+import httpx
 import msgspec
+import openai
 import pytest
 from pydantic import SecretStr
 
@@ -275,3 +278,10 @@ def test_a_process_of_ours_gets_the_very_same_settings(monkeypatch: pytest.Monke
     monkeypatch.setenv("REFRAIN_CACHE", "off")
     given = handed_down(msgspec.msgpack.decode(msgspec.msgpack.encode(to_hand_down(settings))))
     assert dict(given) == dict(settings)
+
+
+def test_the_official_clients_let_go_of_a_connection_before_the_server_does() -> None:
+    """Who keeps it as long as the server may send a call at the moment when it is closed, and gets no answer."""
+    pools = [openai.DEFAULT_CONNECTION_LIMITS, anthropic.DEFAULT_CONNECTION_LIMITS, httpx.Limits()]
+    kept_s = [pool.keepalive_expiry for pool in pools]
+    assert all(each is not None and 2 * each < Settings().idle_timeout_s for each in kept_s), kept_s

@@ -18,9 +18,9 @@ CARD: Json = {
     "max_model_len": 8192,
     "weights": "3f786850e387550fdab836ed7e6dc881de23001b4c1a0f2fbf7d4cfa39c1f1d0",
 }
-USER: Json = {"role": "user", "content": "What is the capital of France?"}
+USER: Json = {"role": "user", "content": "What is the capital of Germany?"}
 GREETING = "A question"
-ANSWER = "The capital of France is Paris."
+ANSWER = "The capital of Germany is Berlin."
 USAGE: Json = {"prompt_tokens": 37, "completion_tokens": 8, "total_tokens": 45}
 COUNTRY: Json = {
     "type": "object",
@@ -70,7 +70,7 @@ CHAT: Json = {
             "JSON that fits a schema",
             {
                 "model": MODEL,
-                "messages": [{"role": "user", "content": "France and its capital, as JSON."}],
+                "messages": [{"role": "user", "content": "Germany and its capital, as JSON."}],
                 "temperature": 0,
                 "max_tokens": 64,
                 "response_format": {
@@ -113,7 +113,7 @@ CHAT: Json = {
     "stream": _sse(
         _chat_chunk({"role": "assistant", "content": ""}),
         _chat_chunk({"content": "The capital of"}),
-        _chat_chunk({"content": " France is Paris."}),
+        _chat_chunk({"content": " Germany is Berlin."}),
         _chat_chunk({"content": ""}, "stop"),
         done=True,
     ),

@@ -6,6 +6,8 @@ import importlib.metadata
 import json
 import os
 import re
+import shutil
+import sysconfig
 from pathlib import Path
 
 import psutil
@@ -44,6 +46,17 @@ def computes_in_core() -> bool:
     computes. That is right for a large machine, whose memory has several nodes, and a waste on a small one.
     """
     return len(os.sched_getaffinity(0)) <= SMALL_MACHINE_CORES
+
+
+def compiles(settings: Settings) -> bool:
+    """Whether the model is compiled: as the settings say, where it can be. vLLM does not compile beside adapters."""
+    return is_cpu() and settings.compile and has_compiler() and not settings.adapter_places
+
+
+def has_compiler() -> bool:
+    """Whether torch finds what it compiles kernels with: a C++ compiler, and the headers of this Python."""
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return shutil.which(os.environ.get("CXX", "g++")) is not None and header.is_file()
 
 
 def environment(settings: Settings) -> dict[str, str]:

@@ -30,12 +30,16 @@ if server := os.environ.get("_REFRAIN_FORKSERVER"):
     # have been killed while this interpreter started: hence its pid, not whoever is the parent by now.
     die_with_parent(signal.SIGKILL, int(server))
     os.register_at_fork(after_in_child=_in_core)
-    import vllm.v1.engine.async_llm
-    import vllm.v1.engine.core
-    import vllm.v1.executor.uniproc_executor
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        import vllm.v1.worker.cpu_worker  # noqa: F401
+        # vLLM compiles some small functions on their first use, which may be a call's: 13 s for a kernel that counts
+        # what is greater than a log-probability. They are read when their modules are imported, hence before those.
+        current_platform.simple_compile_backend = "eager"
+    import vllm.v1.engine.async_llm
+    import vllm.v1.engine.core
+    import vllm.v1.executor.uniproc_executor  # noqa: F401
 
+    if current_platform.is_cpu():
+        import app.engine.compiled
         import app.engine.norms  # noqa: F401

@@ -466,7 +466,13 @@ def _prepare_environment(settings: Settings) -> None:
     }
     if cpu.is_cpu():
         defaults |= cpu.environment(settings)
-        if not settings.compile:
+        if settings.compile and not cpu.has_compiler():
+            log.info("no C++ compiler (g++ and Python's headers): the model is not compiled")
+        if cpu.compiles(settings):
+            # A minute of compiling becomes some seconds longer. Else torch leaves 150 MB in /tmp, makes them again
+            # where they are gone before it loads what is compiled, and needs `openssl` for it.
+            defaults["TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"] = "0"
+        else:
             # Else the first call with logprobs waits 13 s for a compiler, which need not even be there.
             defaults["TORCH_COMPILE_DISABLE"] = "1"
     for name, value in defaults.items():
@@ -476,6 +482,7 @@ def _prepare_environment(settings: Settings) -> None:
 # What `norms.py` registers: named here, since importing it loads vLLM.
 _NORMS = ("rms_norm", "fused_add_rms_norm")
 _NORMS_PROVIDER = "cpu_kernel"
+_WORKER = "app.engine.compiled.Worker"
 
 
 def arguments(settings: Settings, weights: Weights) -> list[str]:
@@ -506,10 +513,13 @@ def arguments(settings: Settings, weights: Weights) -> list[str]:
     if settings.tool_call_parser:
         options |= {"enable_auto_tool_choice": True, "tool_call_parser": settings.tool_call_parser}
     if cpu.is_cpu():
-        options["enforce_eager"] = not settings.compile
+        compiles = cpu.compiles(settings)
+        options["enforce_eager"] = not compiles
+        if compiles:
+            options |= {"worker_cls": _WORKER, "compilation_config": {"cache_dir": str(settings.home / "compiled")}}
         if cpu.computes_in_core():
             options["distributed_executor_backend"] = "uni"
-            if not settings.compile:
+            if not compiles:
                 options["kernel_config"] = {"ir_op_priority": {name: [_NORMS_PROVIDER] for name in _NORMS}}
     options |= settings.engine_args
     return [part for name, value in options.items() for part in _argument(name, value)]

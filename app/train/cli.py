@@ -65,9 +65,9 @@ def run(
     ] = False,
     **flags: Any,
 ) -> None:
-    """Train and publish. Killed, it goes on from the last whole checkpoint when the same command is given again."""
+    """Train and publish, in REFRAIN_WEIGHTS_STORE too. Killed, it goes on from the last whole checkpoint."""
     job, origins = config.load(file, **_decoded(flags))
-    home = settings.load().home
+    ours = settings.load()
     _require_the_packages()
     from app.train import job as jobs
     from app.train.training import world
@@ -76,7 +76,7 @@ def run(
     if is_first:
         _show(job, origins)
     with _progress(is_shown=is_first) as (say, tell):
-        outcome = jobs.run(job, home, say, tell, force=force)
+        outcome = jobs.run(job, ours.home, say, tell, force=force, store=ours.weights_store)
     if outcome is None:
         return
     reasons = outcome.evaluation.reasons

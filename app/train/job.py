@@ -28,7 +28,7 @@ from app.train.prepare import Prepared, in_words, prepare
 from app.train.template import Template
 from app.train.training import Step, Trained, World, hush, prepare_process, train, world
 from app.train.trial import Asked, Trial, trial
-from app.weights import DigestMemo, Manifest, Registry, pull_default, require_weights, write_whole
+from app.weights import DigestMemo, Manifest, Registry, Store, pull_default, push_weights, require_weights, write_whole
 
 Say = Callable[[str], None]
 
@@ -58,8 +58,12 @@ class Outcome:
     evaluation: Evaluation
 
 
-def run(job: Job, home: Path, say: Say, tell: Callable[[Step], None], *, force: bool = False) -> Outcome | None:
-    """Train, evaluate, try, publish. None in the processes of a distributed run that are not its first.
+def run(
+    job: Job, home: Path, say: Say, tell: Callable[[Step], None], *, force: bool = False, store: str | None = None
+) -> Outcome | None:
+    """Train, evaluate, try, publish; with `store`, a URL, there too.
+
+    None in the processes of a distributed run that are not its first.
 
     Raises:
         StartRefused: with one line (or a list of lines of the data) that says what is wrong and what to do.
@@ -106,6 +110,9 @@ def run(job: Job, home: Path, say: Say, tell: Callable[[Step], None], *, force: 
             facts = manifest_facts(job, base, template, prepared, trained, evaluation, me, forced=force)
             facts["metrics"]["job_s"] = round(time.monotonic() - began, 1)
             manifest = publish(registry, job, staged, facts)
+        # 8. In the store of weights, for servers elsewhere.
+        if store:
+            send(registry, job, manifest, store, say)
     return Outcome(manifest, folder, evaluation)
 
 
@@ -340,6 +347,16 @@ def publish(registry: Registry, job: Job, staged: Path, facts: Mapping[str, Any]
     if job.make_current:
         registry.point(job.name, manifest.digest, why="finetune")
     return manifest
+
+
+def send(registry: Registry, job: Job, manifest: Manifest, store: str, say: Say) -> None:
+    """Raises `StartRefused`: they are published here all the same."""
+    try:
+        reference = f"{manifest.name}@{manifest.digest}"
+        push_weights(reference, registry, Store(store), say, make_current=job.make_current)
+    except StartRefused as error:
+        again = f"refrain models push {manifest.short}"
+        raise StartRefused(f"{manifest.short} is published here and not in the store: {error} ({again})") from error
 
 
 def software() -> dict[str, str]:

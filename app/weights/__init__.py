@@ -2,14 +2,23 @@
 
 from app.weights.digest import DigestMemo, FileDigest, digest_files, files_that_matter, weights_digest
 from app.weights.durable import write_whole
+from app.weights.exchange import pull_missing, pull_weights, push_weights
 from app.weights.fingerprint import PROBES, Mismatch, Probe, compare, fingerprint_of, is_comparable
 from app.weights.in_use import InUse
 from app.weights.manifest import BrokenWeights, Manifest, UnknownWeights
 from app.weights.publish import publish_folder, run_trial
 from app.weights.pull import DEFAULT_MODEL, pull_default
 from app.weights.registry import Moved, Problem, Registry, Row
-from app.weights.resolve import config_folder, require_weights, resolve, resolve_adapter, sampling_defaults
+from app.weights.resolve import (
+    config_folder,
+    is_registry_name,
+    require_weights,
+    resolve,
+    resolve_adapter,
+    sampling_defaults,
+)
 from app.weights.shapes import check_shapes
+from app.weights.store import Store
 from app.weights.witness import Witness
 
 __all__ = [
@@ -26,6 +35,7 @@ __all__ = [
     "Problem",
     "Registry",
     "Row",
+    "Store",
     "UnknownWeights",
     "Witness",
     "check_shapes",
@@ -35,8 +45,12 @@ __all__ = [
     "files_that_matter",
     "fingerprint_of",
     "is_comparable",
+    "is_registry_name",
     "publish_folder",
     "pull_default",
+    "pull_missing",
+    "pull_weights",
+    "push_weights",
     "require_weights",
     "resolve",
     "resolve_adapter",

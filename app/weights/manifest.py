@@ -61,8 +61,17 @@ def read(folder: Path) -> Manifest:
     """The manifest of a published folder; `BrokenWeights` if it is absent, unreadable or contradicts itself."""
     path = folder / MANIFEST
     try:
-        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
-    except (OSError, ValueError, msgspec.MsgspecError) as exc:
+        content = path.read_bytes()
+    except OSError as exc:
+        raise BrokenWeights(f"{path} cannot be read: {exc}") from exc
+    return decode(content, str(path))
+
+
+def decode(content: bytes, path: str) -> Manifest:
+    """The manifest that `content` is; `path` says in messages where it lies. Raises `BrokenWeights`."""
+    try:
+        manifest = msgspec.json.decode(content, type=Manifest)
+    except (ValueError, msgspec.MsgspecError) as exc:
         raise BrokenWeights(f"{path} cannot be read: {exc}") from exc
     if manifest.schema != SCHEMA:
         raise BrokenWeights(f"{path} has schema {manifest.schema}; this version of Refrain reads {SCHEMA}")

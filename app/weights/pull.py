@@ -42,8 +42,7 @@ def pull_default(registry: Registry, report: Report) -> Manifest:
     try:
         if there := _already_there(registry):
             return there
-        (registry.root / DEFAULT_MODEL).mkdir(parents=True, exist_ok=True)
-        with _one_at_a_time(registry, report):
+        with one_at_a_time(registry, DEFAULT_MODEL, report):
             return _already_there(registry) or _prepare(registry, report)
     except OSError as exc:
         raise StartRefused(f"could not prepare {DEFAULT_MODEL} in {registry.root}: {exc}") from exc
@@ -68,14 +67,16 @@ def _already_there(registry: Registry) -> Manifest | None:
 
 
 @contextmanager
-def _one_at_a_time(registry: Registry, report: Report) -> Iterator[None]:
+def one_at_a_time(registry: Registry, name: str, report: Report) -> Iterator[None]:
+    """Of two processes that pull under one name the second waits. The lock of a killed one is free."""
     from filelock import Timeout
 
-    path = registry.root / DEFAULT_MODEL / ".pull.lock"
+    path = registry.root / name / ".pull.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         held = lock(path, timeout=0).acquire()
     except Timeout:
-        report(f"another process is preparing {DEFAULT_MODEL}: waiting for it")
+        report(f"another process is preparing {name}: waiting for it")
         held = lock(path).acquire()
     with held:
         yield

@@ -32,6 +32,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _PREFIX = re.compile(r"[0-9a-f]{4,64}")
 _STAGED = ".stage-"
+_PULLED = ".pulled-"
 # A folder without its lock file was cut off between two system calls, or its file system keeps no locks.
 _ABANDONED_S = 3600
 # Small files are hashed at every start: an edit of the same length (`"temperature": 0.7` to `0.2`) is the likeliest
@@ -116,7 +117,7 @@ class Registry:
             lines = (self._home(name) / "history.jsonl").read_bytes().splitlines()
         except FileNotFoundError:
             return ()
-        return tuple(moved for line in lines if (moved := _moved(line)))
+        return tuple(moved for line in lines if (moved := moved_from(line)))
 
     def list(self) -> tuple[Row, ...]:
         """Everything published, by name, newest first. What is under way or unreadable is not listed."""
@@ -188,11 +189,13 @@ class Registry:
         kind: Literal["model", "adapter"] = "model",
         fingerprint: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
+        expected: str | None = None,
     ) -> Manifest:
         """Make `staged` the weights `name@<digest>`, on the disk when this returns; `current` is not moved.
 
         If that digest is there and whole, its manifest is returned and `staged` is left to its owner; if it is there
-        and damaged, it is replaced. Raises `BrokenWeights` for a folder that cannot be published.
+        and damaged, it is replaced. Raises `BrokenWeights` for a folder that cannot be published, or whose digest is
+        not the one that was `expected`.
         """
         home = self._home(name)
         # 1. What they are.
@@ -204,10 +207,13 @@ class Registry:
             raise BrokenWeights(f"{staged} holds no *.safetensors: there are no weights to publish")
         if kind == "adapter" and not base:
             raise BrokenWeights(f"{staged} is an adapter, and nothing says of which weights")
+        digest = digest_of(files)
+        if expected not in (None, digest):
+            raise BrokenWeights(f"{staged} holds {digest[:12]}, not {str(expected)[:12]}: not published")
         manifest = Manifest(
             schema=manifests.SCHEMA,
             name=name,
-            digest=digest_of(files),
+            digest=digest,
             files=files,
             created=int(time.time()),
             source=dict(source),
@@ -282,6 +288,19 @@ class Registry:
             sync(home)
         shutil.rmtree(gone, ignore_errors=True)
 
+    def half_pulled(self, name: str, digest: str) -> Path:
+        """A folder on the registry's own disk for weights that come in pieces, to fill and `publish`: what a killed
+        pull of `digest` left is in it. What pulls of other digests left is removed, for it may be large.
+
+        Under the lock of `pull.one_at_a_time` alone.
+        """
+        folder = self.path(name, digest).with_name(f"{_PULLED}{digest}")
+        for other in folder.parent.glob(f"{_PULLED}*"):
+            if other != folder:
+                shutil.rmtree(other, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
     # --- below
 
     def _home(self, name: str) -> Path:
@@ -342,7 +361,7 @@ class Registry:
             return None
         except OSError as exc:
             raise BrokenWeights(f"{path} cannot be read: {exc}") from exc
-        if moved := _moved(content):
+        if moved := moved_from(content):
             return moved
         raise BrokenWeights(f"{path} is damaged: point {name!r} at published weights again")
 
@@ -414,7 +433,8 @@ def _in_force(moves: Sequence[Moved]) -> list[str]:
     return stack
 
 
-def _moved(line: bytes) -> Moved | None:
+def moved_from(line: bytes) -> Moved | None:
+    """A move as it is kept; None where that is torn or something else."""
     try:
         moved = msgspec.json.decode(line, type=Moved)
     except (ValueError, msgspec.MsgspecError):

@@ -102,6 +102,11 @@ def _is_path(model: str) -> bool:
     return model.startswith((".", "~")) or "/" in model or os.sep in model
 
 
+def is_registry_name(model: str) -> bool:
+    """Whether `model` could be `name` or `name@digest` in a registry; no folder's path and no hub id is."""
+    return not _is_path(model)
+
+
 def config_folder(model: str, registry: Registry, report: Report) -> tuple[Path, str]:
     """A folder that holds at least the `config.json` of `model`, and its name; from the hub nothing else is fetched.
 

@@ -24,8 +24,8 @@ HEADER = """\
 # Written by `make lock` from pyproject.toml; not edited by hand.
 # Digests are those of the wheels for CPython 3.11 to 3.14 on glibc Linux, x86_64 and aarch64.
 """
-CPU = ["--extra", "cpu", "--group", "torch-needs", "--excludes", str(LOCK / "cpu-excludes.txt")]
-GPU = ["--extra", "gpu"]
+CPU = ["--extra", "cpu", "--extra", "s3", "--group", "torch-needs", "--excludes", str(LOCK / "cpu-excludes.txt")]
+GPU = ["--extra", "gpu", "--extra", "s3"]
 DEV = ["--group", "dev", "--excludes", str(LOCK / "dev-excludes.txt")]
 TRAIN = ["--extra", "train", "--excludes", str(LOCK / "cpu-excludes.txt")]
 # What pyproject's [tool.uv] environments say already, as uv prints it.

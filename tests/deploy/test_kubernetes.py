@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tomllib
@@ -81,6 +82,29 @@ def test_pods_may_do_nothing_but_their_work(folder: str) -> None:
             assert {"cpu", "memory"} <= set(resources["requests"]), name
             assert resources["limits"]["memory"] == resources["requests"]["memory"], name
             assert "cpu" not in resources["limits"], f"{name}: a throttled thread holds up all others"
+
+
+@pytest.mark.parametrize("overlay", ["cpu", "ha"])
+def test_with_a_store_of_weights_pods_pull_before_they_serve(overlay: str, tmp_path: Path) -> None:
+    def path(folder: str) -> str:
+        return os.path.relpath(FOLDER / folder, tmp_path.resolve())
+
+    told = {"resources": [path(f"overlays/{overlay}")], "components": [path("components/weights-store")]}
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(told))
+    folder = str(tmp_path.resolve())
+    for each in rendered(folder):
+        if each["kind"] not in CUSTOM:
+            kubernetes_validate.validate(each, VERSIONS[-1], strict=True)
+    pod = dict(pods(folder))["refrain"]
+    (pulling,), (serving,) = pod["initContainers"], pod["containers"]
+    assert pulling["args"] == ["models", "pull", "$(REFRAIN_MODEL)"]
+    for same in ("image", "envFrom", "securityContext"):
+        assert pulling[same] == serving[same]
+    assert serving["envFrom"][0]["configMapRef"]["name"] in {
+        each["metadata"]["name"] for each in objects("ConfigMap", folder)
+    }
+    assert {"name": "data", "mountPath": "/data"} in pulling["volumeMounts"]
+    assert "refrain-to-https" in {each["metadata"]["name"] for each in objects("NetworkPolicy", folder)}
 
 
 @pytest.mark.parametrize("folder", [each for each in RENDERED if each.startswith("overlays/")])

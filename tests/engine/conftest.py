@@ -18,7 +18,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.conftest import Process
 
 MODEL = "smollm2-135m-instruct"
-QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+# Not of France: there the first token is a tie in bfloat16, which engines decide differently (benchmarks/LOG.md).
+QUESTION = [{"role": "user", "content": "What is the capital of Germany?"}]
 CHAT = "/v1/chat/completions"
 ANEW = {"Cache-Control": "no-cache"}
 ONLY_CACHED = {"Cache-Control": "only-if-cached"}

@@ -48,7 +48,7 @@ OPENAI = {
     ),
     "completions": Api(
         lambda client: client.completions,
-        {"prompt": "The capital of France is", "max_tokens": 8, "temperature": 0},
+        {"prompt": "The capital of Germany is", "max_tokens": 8, "temperature": 0},
         lambda body: body.choices[0].text,
         lambda event: event.choices[0].text if event.choices else "",
     ),
@@ -107,7 +107,7 @@ def test_curl_gets_the_answer_of_the_readme(engine_server: Process, curl: str) -
     command = [curl, "-sS", "--fail-with-body", f"{engine_server.url}{CHAT}", "-H", "Content-Type: application/json"]
     for _ in range(2):
         document = json.loads(_output([*command, "-d", body]))
-        assert "Paris" in document["choices"][0]["message"]["content"]
+        assert "Berlin" in document["choices"][0]["message"]["content"]
         assert document["model"] == MODEL
 
 
@@ -128,7 +128,7 @@ def test_curl_gets_a_body_a_stream_and_the_headers(engine_server: Process, curl:
     *chunks, end = payloads(content)
     assert end == "[DONE]"
     assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks) == said
-    assert "Paris" in said
+    assert "Berlin" in said
 
 
 def test_curl_without_a_model_of_that_name_gets_a_404_and_its_reason(engine_server: Process, curl: str) -> None:
@@ -153,7 +153,7 @@ def test_openai_for_node_gets_answers_and_then_the_same_from_the_cache(engine_se
     assert set(replies) == {"chat", "completions", "responses"}
     for name, (body, stream, again) in replies.items():
         assert [reply["cache"] for reply in (body, stream, again)] == ["miss", "hit", "hit"], name
-        assert "Paris" in body["text"], name
+        assert "Berlin" in body["text"], name
         assert body["text"] == stream["text"] == again["text"], name
         assert stream["chunks"] > 3, name
 
@@ -203,7 +203,7 @@ def _check_conversation(ask: Callable[[bool, dict[str, str]], tuple[str, str]], 
 
 def _check_replies(replies: list[tuple[str, str]]) -> None:
     assert [status for status, _ in replies] == ["miss", "hit", "hit", "hit"]
-    assert "Paris" in replies[0][1]
+    assert "Berlin" in replies[0][1]
     assert {said for _, said in replies} == {replies[0][1]}
 
 

@@ -51,7 +51,7 @@ MADE_UP = {"id", "created", "created_at", "call_id"}
 FEATURES: dict[str, tuple[str, dict[str, Any]]] = {
     "n": (CHAT, chat(n=2, temperature=0.8, seed=7, max_tokens=12)),
     "logprobs": (CHAT, chat(logprobs=True, top_logprobs=3, max_tokens=8)),
-    "stop": (CHAT, chat(stop=["France"])),
+    "stop": (CHAT, chat(stop=["Germany"])),
     "length": (CHAT, chat(max_tokens=3)),
     "json_schema": (CHAT, chat(response_format=JSON_SCHEMA, max_tokens=64)),
     "tools_required": (CHAT, chat(messages=ABOUT_WEATHER, tools=[TOOL], tool_choice="required", max_tokens=96)),
@@ -73,7 +73,7 @@ FEATURES: dict[str, tuple[str, dict[str, Any]]] = {
             "max_output_tokens": 96,
         },
     ),
-    "message_stop": (MESSAGES, MESSAGE | {"stop_sequences": ["France"]}),
+    "message_stop": (MESSAGES, MESSAGE | {"stop_sequences": ["Germany"]}),
     "message_tool": (
         MESSAGES,
         MESSAGE
@@ -173,7 +173,7 @@ def test_n_gives_that_many_choices_and_counts_their_tokens(client: OpenAI) -> No
 
 
 def test_stop_ends_the_answer_before_the_word(client: OpenAI) -> None:
-    choice = client.chat.completions.create(**chat(stop=["France"]), extra_headers=ANEW).choices[0]
+    choice = client.chat.completions.create(**chat(stop=["Germany"]), extra_headers=ANEW).choices[0]
     assert (choice.message.content, choice.finish_reason) == ("The capital of ", "stop")
 
 
@@ -226,7 +226,7 @@ def test_json_schema_is_obeyed(client: OpenAI) -> None:
     choice = client.chat.completions.create(**FEATURES["json_schema"][1]).choices[0]
     place = json.loads(choice.message.content)
     jsonschema.validate(place, PLACE)
-    assert place["country"] == "France"
+    assert place["country"] == "Germany"
 
 
 def test_json_schema_is_obeyed_by_responses(client: OpenAI) -> None:
@@ -252,7 +252,7 @@ def test_a_tool_that_may_be_called_leaves_an_answer_of_either_kind(client: OpenA
 def test_a_tool_that_must_not_be_called_is_not(client: OpenAI) -> None:
     body = chat(tools=[TOOL], tool_choice="none")
     message = client.chat.completions.create(**body, extra_headers=ANEW).choices[0].message
-    assert "Paris" in message.content
+    assert "Berlin" in message.content
     assert not message.tool_calls
 
 
@@ -366,7 +366,7 @@ def test_a_response_in_the_background_completes(client: OpenAI) -> None:
         assert found.status in ("queued", "in_progress", "completed")
         return found if found.status == "completed" else None
 
-    assert "Paris" in until(completed, PATIENCE_S, 0.1).output_text
+    assert "Berlin" in until(completed, PATIENCE_S, 0.1).output_text
 
 
 def test_a_response_in_the_background_can_be_cancelled(client: OpenAI, http: httpx.Client) -> None:
@@ -408,7 +408,7 @@ def test_a_response_in_the_background_can_be_streamed(client: OpenAI) -> None:
     asked = {"model": MODEL, "input": QUESTION, "temperature": 0, "max_output_tokens": 32}
     events = list(client.responses.create(**asked, background=True, stream=True))
     assert events[-1].type == "response.completed"
-    assert "Paris" in events[-1].response.output_text
+    assert "Berlin" in events[-1].response.output_text
     again = list(client.responses.retrieve(events[-1].response.id, stream=True))
     assert [event.type for event in again] == [event.type for event in events]
 

@@ -108,11 +108,25 @@ def victim(engine_server: Process, tmp_path_factory: pytest.TempPathFactory) -> 
     home = folder / "home"
     home.mkdir()
     (home / "weights").symlink_to(TEST_HOME / "weights")
+    if (TEST_HOME / "compiled").exists():
+        (home / "compiled").symlink_to(TEST_HOME / "compiled")
     victim = Victim(home, folder)
     yield victim
     if victim.process is not None and victim.process.process.poll() is None:
         victim.process.process.kill()
         victim.process.process.wait()
+
+
+def test_after_a_crash_a_compiled_model_is_loaded_and_says_the_same(victim: Victim) -> None:
+    server = victim.up()
+    with _client(server) as http:
+        said = _text(http.post(CHAT, json=chat(), headers=ANEW))
+        cores = _cores(victim)
+        for core in cores:
+            core.kill()
+        until(lambda: _cores(victim) - cores and http.get("/readyz").status_code == 200, PATIENCE_S, 0.2)
+        assert _text(http.post(CHAT, json=chat(), headers=ANEW)) == said
+    assert "compiling the model" not in server.log.read_text(), "it was loaded, at the start and after the crash"
 
 
 def test_a_killed_server_leaves_no_process_and_its_successor_has_its_recordings(victim: Victim) -> None:

@@ -136,7 +136,7 @@ def test_responses_that_ended_by_themselves_serve_the_limits_from_there_on_as_th
     http: httpx.Client,
 ) -> None:
     """The body repeats the limit: the one that was asked for, or what the model has room for."""
-    body = asked_in("/v1/responses") | {"input": "What is the capital of France?"}
+    body = asked_in("/v1/responses") | {"input": "What is the capital of Germany?"}
     for first in (body, body | {"top_p": 0.98, "max_output_tokens": 60}):
         ended = http.post("/v1/responses", json=first, headers=ANEW).json()
         assert ended["status"] == "completed"
@@ -165,7 +165,7 @@ def test_an_answer_that_ended_by_itself_serves_every_limit_from_there_on(http: h
 
 
 def test_a_stop_string_at_the_limit_is_an_end_by_itself(http: httpx.Client) -> None:
-    body = chat(stop=["France"], max_tokens=30)
+    body = chat(stop=["Germany"], max_tokens=30)
     length = http.post(CHAT, json=body, headers=ANEW).json()["usage"]["completion_tokens"]
     for limit in (length, length + 5):
         served = http.post(CHAT, json=body | {"max_tokens": limit}, headers=ONLY_CACHED)

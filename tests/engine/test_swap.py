@@ -15,6 +15,7 @@ import httpx
 import psutil
 import pytest
 
+from app.engine import cpu
 from app.gate.keys import KeyFile
 from app.weights import Manifest, Registry, pull_default
 from tests.conftest import TEST_HOME, Process, start_process, until
@@ -26,6 +27,8 @@ pytestmark = pytest.mark.engine
 TINY = "tiny"
 # float32, since there greedy text does not depend on what else is in the batch.
 ENVIRONMENT = {"REFRAIN_DTYPE": "float32", "REFRAIN_KV_CACHE_GIB": "1", "REFRAIN_MAX_MODEL_LEN": "512"}
+# One test has its model compiled; elsewhere it would cost time and change nothing.
+ENVIRONMENT |= {"REFRAIN_COMPILE": "false"}
 LONG = " ".join(["and so it went on, as it always does, until the end of the day"] * 14)
 
 
@@ -299,11 +302,12 @@ def test_adapters_beside_their_base_say_their_own_and_the_base_its_own(house: Ho
 
 
 def test_a_server_does_not_start_on_weights_that_say_something_else(house: House, tmp_path: Path) -> None:
-    """Nor is it lost: other weights can be swapped in, here as where memory allows no second engine. Runs last: its
-    engine is started beside the other one."""
+    """Nor is it lost: other weights can be swapped in, here as where memory allows no second engine. What was compiled
+    for the first serves all that come after. Runs last: its engine is started beside the other one."""
     liar = publish_liar(house, tmp_path)
     house.registry.point(TINY, liar.digest, "test")
     environment = ENVIRONMENT | {"REFRAIN_MODEL": TINY, "REFRAIN_SWAP": "pause", "REFRAIN_WATCH_S": "0"}
+    environment |= {"REFRAIN_COMPILE": "true"}
     server = start_process(house.home, tmp_path / "log", **environment)
     there = replace(house, server=server)
     try:
@@ -323,6 +327,7 @@ def test_a_server_does_not_start_on_weights_that_say_something_else(house: House
             assert running.result().headers["x-weights"] == house.first.short
             assert text(running.result())
             assert held.result().headers["x-weights"] == house.second.short
+        assert server.log.read_text().count("compiling the model") == cpu.is_cpu()
     finally:
         assert server.stop() == 0
 

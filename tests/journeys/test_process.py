@@ -387,6 +387,7 @@ COMMANDS = [
     ("config",),
     ("models",),
     ("models", "pull"),
+    ("models", "push"),
     ("models", "list"),
     ("models", "show"),
     ("models", "publish"),

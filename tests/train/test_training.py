@@ -21,7 +21,7 @@ from app.errors import StartRefused
 from app.train import job as jobs
 from app.train.checkpoints import newest_whole, remove_broken, why_broken
 from app.train.config import Job
-from app.weights import Registry
+from app.weights import Registry, Store, pull_weights
 from tests.ledger.reading import records
 
 from .conftest import command, environment, losses, make_job, rows, write
@@ -45,7 +45,7 @@ def the_run(home: Path) -> Path:
 def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, jobs.Outcome]:
     """A job that nobody disturbed, for comparison: its home and its outcome."""
     home = tmp_path_factory.mktemp("whole")
-    return home, run(make_job(home / "data", tiny), home)
+    return home, run(make_job(home / "data", tiny), home, store=f"file://{home / 'store'}")
 
 
 # --- what comes out
@@ -68,6 +68,13 @@ def test_a_job_publishes_weights_that_have_learned(whole: tuple[Path, jobs.Outco
     assert {tensor.dtype for tensor in changed.values()} == {torch.bfloat16}
     moved = {name for name in before if not torch.equal(before[name], changed[name])}
     assert moved == {name for name in before if "_proj" in name}, "LoRA on every linear layer, and nothing else"
+
+
+def test_with_a_store_the_weights_are_current_there_too(whole: tuple[Path, jobs.Outcome], tmp_path: Path) -> None:
+    home, outcome = whole
+    elsewhere = Registry(tmp_path / "weights")
+    assert pull_weights("bot", elsewhere, Store(f"file://{home / 'store'}"), print).digest == outcome.manifest.digest
+    assert elsewhere.find("bot").metrics == outcome.manifest.metrics
 
 
 def test_everything_but_the_weights_is_the_bases_byte_by_byte(whole: tuple[Path, jobs.Outcome], tiny: Path) -> None:

@@ -21,6 +21,12 @@ QUESTIONS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test has a home of its own, in which nothing is compiled yet."""
+    monkeypatch.setenv("REFRAIN_COMPILE", "false")
+
+
 @pytest.mark.engine
 def test_both_models_answer_the_questions_in_the_engine_and_the_gate_counts(tiny: Path, tmp_path: Path) -> None:
     told: list[str] = []

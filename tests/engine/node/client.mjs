@@ -3,7 +3,7 @@
 import OpenAI from "openai";
 
 const client = new OpenAI({ maxRetries: 0, timeout: 240_000 });
-const question = "What is the capital of France?";
+const question = "What is the capital of Germany?";
 const shared = { model: process.env.MODEL, temperature: 0 };
 
 const apis = {
@@ -15,7 +15,7 @@ const apis = {
   },
   completions: {
     create: (body, options) => client.completions.create(body, options),
-    body: { ...shared, prompt: "The capital of France is", max_tokens: 9 },
+    body: { ...shared, prompt: "The capital of Germany is", max_tokens: 9 },
     text: (answer) => answer.choices[0].text,
     piece: (event) => event.choices[0]?.text,
   },
