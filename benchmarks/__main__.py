@@ -24,6 +24,8 @@ BENCHMARKS = (
 # Asked for by their names alone, each with options of its own: a search, and what is driven or drawn as one likes.
 OPTIONS: dict[str, tuple[str, ...]] = {
     "fuzz": ("minutes",),
+    "redis_cost": (),
+    "capacity": ("seed",),
     "replicas": ("url", "start", "rate", "seconds", "seed"),
 }
 
@@ -39,7 +41,7 @@ def main() -> None:
     parser.add_argument("--start", type=int, default=2, help="replicas: without --url, how many to start here")
     parser.add_argument("--rate", type=float, default=200.0, help="replicas: calls/s offered to all together")
     parser.add_argument("--seconds", type=float, default=20.0, help="replicas: how long calls are sent")
-    parser.add_argument("--seed", type=int, default=1, help="replicas: of moments and prompts")
+    parser.add_argument("--seed", type=int, default=1, help="replicas, capacity: of what is drawn")
     given = parser.parse_args()
     prepare_process()
     names = BENCHMARKS if given.what == "all" else (given.what,)
