@@ -286,7 +286,8 @@ def near_entries(world: World, recording_bytes: float) -> float:
 def miss_cost(world: World, costs: Mapping[str, Cost], name: str) -> float:
     """Of one miss: what a short one costs, and each further write of its live stream."""
     short, long = costs["short miss"], costs["long miss"]
-    each = (long[name] - short[name]) / (long["evals"] - short["evals"])
+    # Few bytes come back from either, and noise between them must not count as less than none.
+    each = max(0.0, long[name] - short[name]) / (long["evals"] - short["evals"])
     return short[name] + each * world.publishes
 
 
