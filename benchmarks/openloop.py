@@ -26,7 +26,10 @@ _WORDS = "river stone winter candle garden market silver window thunder paper br
 
 @dataclass(slots=True)
 class Outcome:
-    """One call; seconds are since its planned moment, `at_s` is that moment since the beginning of all."""
+    """One call; seconds are since its planned moment, `at_s` is that moment since the beginning of all.
+
+    `late_s` is how late the client itself came to it; `cache` is what `x-cache` said.
+    """
 
     at_s: float
     who: str
@@ -35,6 +38,8 @@ class Outcome:
     done_s: float = 0.0
     tokens: int = 0
     is_whole: bool = False
+    late_s: float = 0.0
+    cache: str = ""
 
     @property
     def first_s(self) -> float | None:
@@ -93,6 +98,7 @@ class Client:
     async def send(self, outcome: Outcome, body: Call, key: str = "none") -> Outcome:
         self.outcomes.append(outcome)
         planned, content = self.began + outcome.at_s, json.dumps(body).encode()
+        outcome.late_s = time.perf_counter() - planned
         reader, writer = await asyncio.open_connection(self._host, self._port)
         head = (
             f"POST /v1/chat/completions HTTP/1.1\r\nhost: {self._host}\r\nauthorization: Bearer {key}\r\n"
@@ -114,6 +120,8 @@ class Client:
             outcome.chunks_s.append(passed_s)
         if found := _USAGE.search(line):
             outcome.tokens = int(found[1])
+        if line.startswith(b"x-cache:"):
+            outcome.cache = line[8:].strip().decode()
         outcome.is_whole |= line.startswith(b"data: [DONE]")
 
 
