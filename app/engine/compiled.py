@@ -56,8 +56,10 @@ class Worker(CPUWorker):  # type: ignore[misc]
 
     @contextmanager
     def _compilation(self) -> Iterator[None]:
-        # The path of the weights is in vLLM's key, though nothing that is compiled depends on it.
-        with patch.object(self.model_config, "model", "any weights"):
+        # Both are in vLLM's key, though nothing that is compiled depends on them.
+        any_path = patch.object(self.model_config, "model", "any weights")
+        any_store = patch.dict(os.environ, VLLM_ENABLE_RESPONSES_API_STORE="0")
+        with any_path, any_store:
             factors = [machine(), *aot_compile_hash_factors(self.vllm_config)]
             key = hashlib.sha256(repr(factors).encode()).hexdigest()[:16]
             with kept(Path(self.compilation_config.cache_dir), key) as folder:

@@ -28,7 +28,7 @@ def test_no_generated_call_makes_the_server_fail(server: Running, tmp_path) -> N
     command += ["--max-examples", "12", "--seed", "1", "--phases", "examples,coverage,fuzzing", "--no-color"]
     command += [
         "--max-time",
-        "60",
+        "30",  # `benchmarks fuzz` takes its time
         "--suppress-health-check",
         "all",
         "--request-timeout",

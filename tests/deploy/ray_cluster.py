@@ -20,6 +20,7 @@ from tests.conftest import RedisServer, until
 from tests.weights.conftest import publish
 
 APP, BOT = "refrain", "bot"
+BY_SESSION = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
 _QUICK = {
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.2",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -69,7 +70,9 @@ class Cluster:
             "scripted_tokens_per_s": speed,
             "scripted_max_calls": 32,
         }
-        quick = {"health_check_period_s": 0.5, "graceful_shutdown_wait_loop_s": 0.1}
+        quick: dict[str, Any] = {"health_check_period_s": 0.5, "graceful_shutdown_wait_loop_s": 0.1}
+        # In each deployment the same: another one would be for new replicas.
+        quick |= {"request_router_config": {"request_router_class": BY_SESSION}}
         ours = {"name": "refrain", "user_config": user_config or {}, "ray_actor_options": {"num_cpus": 0}}
         application = {
             "name": APP,

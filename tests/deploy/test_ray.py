@@ -37,7 +37,6 @@ pytestmark = [
 ]
 
 FOLDER = REPOSITORY / "deploy" / "ray"
-BY_SESSION = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +47,7 @@ def cluster(shared_redis: RedisServer) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def two(cluster: Cluster) -> Cluster:
-    cluster.deploy(num_replicas=2, request_router_config={"request_router_class": BY_SESSION})
+    cluster.deploy(num_replicas=2)
     cluster.wait_running(2)
     return cluster
 
