@@ -39,6 +39,7 @@ class Turn:
         self.timings: Timings | None = None
         self.waited_s = 0.0
         self.was_refused = False
+        self._has_said = False
         self._on_said = on_said
 
     def watch(self, timings: Timings) -> None:
@@ -46,7 +47,8 @@ class Turn:
 
     def said(self) -> None:
         """The engine said something: its prefill is over."""
-        if self.entry.is_prefilling:
+        if not self._has_said:
+            self._has_said = True
             self._on_said(self.entry)
 
     @property
@@ -88,7 +90,8 @@ class Admission:
         entry = Entry(call.caller.tenant, call.priority, self._learned.expected(size, context), self._clock(), name)
         turn = Turn(entry, self._said)
         await self._wait(entry, has_key=call.caller.key_id is not None)
-        turn.waited_s = self._clock() - entry.since
+        entry.entered = self._clock()
+        turn.waited_s = entry.entered - entry.since
         metrics.child(metrics.queue_wait, entry.priority.value).observe(turn.waited_s)
         silence = self._assume_said(entry)
         try:
@@ -166,9 +169,12 @@ class Admission:
     def _assume_said(self, entry: Entry) -> asyncio.TimerHandle:
         """A call that is answered in one piece says nothing before its end: its prefill is taken to be over in time."""
         expected_s = self._learned.prefill_s(entry.work)
-        return asyncio.get_running_loop().call_later(2 * expected_s + _SILENCE_S, self._said, entry)
+        return asyncio.get_running_loop().call_later(2 * expected_s + _SILENCE_S, self._rested, entry)
 
     def _said(self, entry: Entry) -> None:
+        asyncio.get_running_loop().call_later(self._queue.rest_s(entry, self._clock()), self._rested, entry)
+
+    def _rested(self, entry: Entry) -> None:
         if entry.is_prefilling:
             self._queue.said(entry)
             self._pump()

@@ -8,8 +8,8 @@ only what was served.
 
 Beyond the paper, for the time to the first token: while an interactive *party* (a tenant in one class) is there, or was
 lately, the others leave a share of the places free, and a prompt of who was served more waits while more than a quantum
-is in prefill of its own party and of those that were served less. So who was served least finds a place, and at most
-one prefill ahead of it. A party alone is never held back.
+is in prefill of its own party and of those that were served less, and a moment longer (`rest_s`). So who was served
+least finds a place, and at most one prefill ahead of it, or none. A party alone is never held back.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ LATELY_S = 30.0
 AGED_S = 30.0
 # Part of the places that a party leaves to interactive others.
 RESERVE = 4
+# Part of the time that a prefill took.
+_REST = 0.1
 # So many calls that wait are a backlog, whatever holds them.
 _BACKLOG = 8
 # Counters of so many tenants; who is forgotten starts like a new one.
@@ -58,6 +60,7 @@ class Entry:
     since: float
     name: str = ""
     enter: Callable[[], None] = lambda: None
+    entered: float = 0.0
     is_prefilling: bool = True
     party: Party = field(init=False, repr=False)
 
@@ -132,7 +135,7 @@ class FairQueue:
         return None
 
     def said(self, entry: Entry) -> None:
-        """The first token of a call is there."""
+        """The prefill of a call is over, and its rest."""
         if entry.is_prefilling:
             entry.is_prefilling = False
             entry.party.prefilling -= entry.work.prompt_tokens
@@ -144,6 +147,14 @@ class FairQueue:
         entry.party.seen = now
         self.counters[entry.tenant] = self._counter(entry.tenant) + cost
         self._forget(now)
+
+    def rest_s(self, entry: Entry, now: float) -> float:
+        """How long after its first token a prompt still counts as in prefill: at least a step of tokens alone fits in.
+
+        Without it long prompts of who floods stand back to back, and whoever comes waits for half of one in the mean.
+        """
+        is_long = entry.work.prompt_tokens > self.places.quantum
+        return _REST * (now - entry.entered) if is_long else 0.0
 
     # --- looking -------------------------------------------------------------------------------
 
