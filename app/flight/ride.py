@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -12,6 +12,8 @@ from app import wire
 from app.domain import Answer, Endpoint, Timings
 from app.flight import names
 from app.flight.flight import Seat
+
+Renaming = Callable[[bytes], bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,24 +51,27 @@ class Ride:
         content = await self.seat.whole()
         self._note_timings()
         body = wire.dump(wire.fold(self._endpoint, content)) if is_stream else content[0]
-        return Answer(body=self._renamed(body), timings=self.timings)
+        return Answer(body=self._renaming()(body), timings=self.timings)
 
     @property
     def _endpoint(self) -> Endpoint:
         return self.seat.flight.ticket.endpoint
 
     async def _streamed(self) -> AsyncGenerator[bytes, None]:
-        flight = self.seat.flight
+        flight, endpoint = self.seat.flight, self._endpoint
         position = self.seat.position(wants_usage=self.wants_usage) if flight.ticket.is_kept else None
+        renamed: Renaming | None = None
         async with aclosing(self.seat.events()) as events:
             async for number, event in events:
-                if not self.wants_usage and is_usage_event(self._endpoint, event):
+                if not self.wants_usage and is_usage_event(endpoint, event):
                     continue
                 if event.startswith(b":"):  # a comment; among ids, one with a blank line is an empty event to clients
                     yield event if position is None else event.rstrip() + b"\n"
                     continue
-                self._note_timings()
-                event = self._renamed(event)
+                if wire.is_last(endpoint, event):  # whoever sends it says what the engine's seconds went into
+                    self._note_timings()
+                renamed = renamed or self._renaming()
+                event = renamed(event)
                 if position is not None:
                     event = f"id: {position.event_id(number, flight.checks[number - 1])}\n".encode() + event
                 yield event
@@ -74,19 +79,19 @@ class Ride:
     async def _unfolded(self) -> AsyncGenerator[bytes, None]:
         (body,) = await self.seat.whole()
         self._note_timings()
+        renamed = self._renaming()
         for event in wire.unfold(self._endpoint, json.loads(body)):
             if self.wants_usage or not is_usage_event(self._endpoint, event):
-                yield self._renamed(event)
+                yield renamed(event)
 
-    def _renamed(self, content: bytes) -> bytes:
-        """Under the client's own names; those that the engine gave are the first client's."""
+    def _renaming(self) -> Renaming:
+        """What puts content under the client's own names; those that the engine gave are the first client's."""
         flight = self.seat.flight
         position = self.seat.position(wants_usage=self.wants_usage)
         if position.rider == names.FIRST or flight.identity is None:
-            return content
+            return _as_it_is
         fresh = wire.named(self._endpoint, names.rider_seed(position.uid, position.rider))
-        renamed = wire.template(self._endpoint, content, flight.identity)
-        return renamed((fresh, flight.identity[1]), self.request_body)
+        return wire.renaming(self._endpoint, flight.identity, fresh, self.request_body)
 
     @contextmanager
     def paid(self) -> Iterator[None]:
@@ -108,3 +113,7 @@ def is_usage_event(endpoint: Endpoint, event: bytes) -> bool:
     """Whether only clients that asked for usage get it."""
     # Quotes inside JSON strings are escaped, so generated text cannot look like this.
     return endpoint in (Endpoint.CHAT, Endpoint.COMPLETIONS) and b'"choices":[],' in event and b'"usage":{' in event
+
+
+def _as_it_is(content: bytes) -> bytes:
+    return content

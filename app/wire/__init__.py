@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from app.domain import Endpoint
 from app.errors import Incomplete
-from app.wire import chat, completions, embeddings, messages, responses, sse
+from app.wire import chat, completions, embeddings, messages, responses, sse, stamp
 from app.wire.ends import is_last, split
 from app.wire.shorten import boundaries, fewer, shorten
 from app.wire.splice import Splice
@@ -30,6 +30,7 @@ __all__ = [
     "is_last",
     "named",
     "new_id",
+    "renaming",
     "shorten",
     "split",
     "split_usage",
@@ -103,6 +104,13 @@ def template(endpoint: Endpoint, content: bytes, old: Identity) -> Template:
     """A body or concatenated events, to be sent under other identities; called with one, and with the request that it
     answers (responses repeat parts of it), it gives the bytes to send."""
     return _WIRES[endpoint].template(content, old)
+
+
+def renaming(endpoint: Endpoint, old: Identity, new: str, request_body: dict[str, Any]) -> Callable[[bytes], bytes]:
+    """The same for what passes event by event, all of it under one other id and the old time."""
+    if endpoint is Endpoint.RESPONSES:  # its id is not all that differs between two requests
+        return lambda content: template(endpoint, content, old)((new, old[1]), request_body)
+    return stamp.renaming(old[0], new)
 
 
 def ended_by_itself(endpoint: Endpoint, body: dict[str, Any]) -> bool:

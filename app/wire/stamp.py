@@ -45,3 +45,15 @@ def template(content: bytes, old: Identity) -> Template:
         return b"".join(parts)
 
     return filled
+
+
+def renaming(old: str, new: str) -> Callable[[bytes], bytes]:
+    """For the events of a stream that passes: two searches each, where a template would scan for both fragments, be
+    made and be filled once an event."""
+    before, after = msgspec.json.encode(old), msgspec.json.encode(new)
+    tight, loose = b'"id":' + before, b'"id": ' + before
+
+    def renamed(content: bytes) -> bytes:
+        return content.replace(tight, b'"id":' + after).replace(loose, b'"id": ' + after)
+
+    return renamed

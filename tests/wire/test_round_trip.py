@@ -79,6 +79,9 @@ def test_a_fresh_identity_changes_nothing_else(answer: tuple[Endpoint, bodies.Js
     stream = wire.template(endpoint, b"".join(wire.unfold(endpoint, body)), old)(new, echoes)
     assert wire.fold(endpoint, [part + b"\n\n" for part in stream.split(b"\n\n") if part]) == expected
     assert old[0].encode() not in stream
+    for form in (json.dumps(body).encode(), *wire.unfold(endpoint, body)):
+        passed = wire.renaming(endpoint, old, new[0], echoes)(form)
+        assert passed == wire.template(endpoint, form, old)((new[0], old[1]), echoes)
 
 
 @given(answers)
