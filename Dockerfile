@@ -25,7 +25,8 @@ RUN --mount=type=cache,target=/root/.cache \
 FROM dependencies AS project
 COPY README.md LICENSE ./
 COPY app app
-RUN .venv/bin/uv pip install --python .venv/bin/python --no-deps --no-build-isolation --target project .
+RUN .venv/bin/uv pip install --python .venv/bin/python --no-deps --no-build-isolation --target project . \
+    && rm -f project/.lock
 
 FROM base AS final
 ARG DEVICE
@@ -53,7 +54,8 @@ VOLUME ["/data"]
 USER 10001:10001
 EXPOSE 8000
 # Alive, not ready: /healthz answers while the engine still loads, and /readyz is the one to route by.
-HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \
+# At the very first start nothing answers until the weights have been fetched: hence the long start period.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=10m --retries=3 \
     CMD ["python", "-I", "-c", "import os, urllib.request; urllib.request.urlopen('http://127.0.0.1:' + os.environ.get('REFRAIN_PORT', '8000') + '/healthz', timeout=4)"]
 ENTRYPOINT ["refrain"]
 CMD ["serve"]

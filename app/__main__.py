@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -510,6 +512,8 @@ def _when(unix_s: int) -> str:
 
 def main() -> None:
     """Entry point of `refrain`: errors an operator can act on are one line and exit code 1."""
+    if os.getpid() == 1:  # in a container: the kernel keeps from it every signal that it does not handle
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         cli()
     except (StartRefused, AppError, RoomError) as error:

@@ -5,6 +5,7 @@ The engine is the scripted one throughout; what vLLM's processes do is a matter 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from filelock import FileLock
 from typer.testing import CliRunner
 
 from app.cache.embedded import running as embedded_servers
@@ -177,7 +179,8 @@ def test_a_killed_server_leaves_no_redis_and_no_recording_is_lost(start: Start, 
     again = start()
     assert cache_of(again) == "hit"
     until(lambda: is_gone(redis), 10)
-    assert [each.name for each in (home / "run").iterdir()] == [str(again.process.pid)]
+    (named,) = {each.stem for each in (home / "run").iterdir()}
+    assert named.startswith(f"{again.process.pid}-")
 
 
 def test_a_server_killed_again_and_again_comes_back(start: Start) -> None:
@@ -222,6 +225,41 @@ def test_a_second_server_on_the_same_home_has_a_cache_of_its_own(start: Start, h
     assert second.stop() == 0
     assert cache_of(first) == "hit"
     assert first.stop() == 0
+
+
+# --- in a container -------------------------------------------------------------------------------
+
+# In a PID namespace of its own a process is number 1, as in a container.
+AS_FIRST = ["unshare", *([] if os.getuid() == 0 else ["--user", "--map-root-user"]), "--pid", "--fork", "--kill-child"]
+
+
+def can_be_first() -> bool:
+    try:
+        return subprocess.run([*AS_FIRST, "true"], check=False, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not can_be_first(), reason="needs PID namespaces")
+def test_sigterm_ends_the_first_process_of_a_container_before_it_serves(home: Path) -> None:
+    """Whatever it waits for: number 1 gets no signal that it does not handle, and `docker stop` would wait and kill."""
+    home.mkdir()
+    with FileLock(home / "keys.json.lock"):
+        command = [*AS_FIRST, sys.executable, "-m", "app", "keys", "create", "--tenant", "shop"]
+        waiting = subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | {"REFRAIN_HOME": str(home)})
+        try:
+            (first,) = until(lambda: psutil.Process(waiting.pid).children())
+
+            def ends() -> bool:  # once is not enough: it may still be importing
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    first.send_signal(signal.SIGTERM)
+                return waiting.poll() is not None
+
+            until(ends, 30)
+        finally:
+            waiting.kill()
+            waiting.wait()
+    assert waiting.returncode == 128 + signal.SIGTERM
 
 
 # --- refusing to start ----------------------------------------------------------------------------
