@@ -20,7 +20,8 @@ ENV UV_COMPILE_BYTECODE=1 UV_LINK_MODE=copy
 COPY pyproject.toml ./
 COPY deploy deploy
 RUN --mount=type=cache,target=/root/.cache \
-    python deploy/install.py --device "$DEVICE" --without-project
+    python deploy/install.py --device "$DEVICE" --without-project \
+    && rm -f .venv/.lock
 
 FROM dependencies AS project
 COPY README.md LICENSE ./
