@@ -123,6 +123,23 @@ def test_a_container_is_given_time_to_drain() -> None:
     assert int(grace[1]) >= int(drain[1]) + 10
 
 
+def test_the_image_is_proved_under_the_conditions_of_the_compose_file() -> None:
+    output("bash", "-n", "docker/prove")
+    proved = (ROOT / "docker" / "prove").read_text()
+    refrain = json.loads(output(BIN / "docker-compose", "-f", COMPOSE[0], "config", "--format", "json"))["services"][
+        "refrain"
+    ]
+    assert refrain["read_only"]
+    assert f"grace_s={refrain['stop_grace_period'].removesuffix('s')} " in proved
+    assert [f'--tmpfs "{each},noexec"' in proved for each in refrain["tmpfs"]] == [True], "noexec: what Docker adds"
+    for option in (
+        "--read-only ",
+        "--cap-drop all ",
+        f"--security-opt {refrain['security_opt'][0].partition(':')[0]} ",
+    ):
+        assert option in proved
+
+
 def test_every_setting_that_is_named_exists() -> None:
     known = {f"REFRAIN_{name.upper()}" for name in Settings.model_fields} | {"REFRAIN_CONFIG"}
     folders = (ROOT / "docker", ROOT / "deploy" / "kubernetes", ROOT / "deploy" / "ray")
