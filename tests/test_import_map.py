@@ -94,6 +94,7 @@ OURS: dict[str, set[str]] = {
     "app.gate": {
         "app.gate",
         "app.cache.link",
+        "app.cache.scripts",
         "app.domain",
         "app.errors",
         "app.observe",
@@ -111,6 +112,7 @@ OURS: dict[str, set[str]] = {
     "app.cache.policy": {"app.errors"},
     "app.cache.explain": {"app.cache", "app.cache.key", "app.cache.reuse", "app.domain"},
     "app.cache.recording": {"app.cache.seal", "app.domain", "app.errors"},
+    "app.cache.scripts": set(),
     "app.cache.seal": set(),
     "app.train": {"app", "app.train", "app.domain", "app.errors", "app.ledger", "app.settings", "app.weights"},
     "app.train.template": {"app.errors"},
@@ -122,6 +124,7 @@ OURS: dict[str, set[str]] = {
     "app.cache.reuse": {"app.cache.recording", "app.domain"},
     "app.flight": {
         "app.cache.link",
+        "app.cache.scripts",
         "app.cache.seal",
         "app.domain",
         "app.errors",
@@ -278,6 +281,7 @@ VENDORS: dict[str, set[str]] = {
     "httpx": {"app.plan.against"},
     "redis": {
         "app.cache.link",
+        "app.cache.scripts",
         "app.cache.store",
         "app.cache.tracking",
         "app.flight.lease",
