@@ -33,7 +33,7 @@ app/admission/                             domain, errors, settings, observe, en
     work.py, learned.py, fair.py, bounds.py   domain, errors alone: who is next is no matter of clocks and tasks
 app/serving.py                             domain, engine
 app/counting.py                            domain, errors, engine, gate, serving
-app/plan/                                  errors, settings, weights                       httpx, torch, typer, rich
+app/plan/                                  engine, errors, settings, weights                httpx, torch, typer, rich
     shape.py, machines.py, arithmetic.py   errors alone: a plan is arithmetic
 app/forms.py                               domain, wire, `near`, `recording` and `reuse` of cache; no vendor
 app/service.py                             domain, errors, settings, wire, engine, cache, flight, observe, serving,
@@ -154,7 +154,7 @@ OURS: dict[str, set[str]] = {
         "app.settings",
         "app.weights",
     },
-    "app.plan": {"app.errors", "app.plan", "app.settings", "app.weights"},
+    "app.plan": {"app.engine", "app.errors", "app.plan", "app.settings", "app.weights"},
     "app.plan.shape": {"app.errors"},
     "app.plan.machines": {"app.plan.shape"},
     "app.plan.arithmetic": {"app.errors", "app.plan.machines", "app.plan.shape"},
