@@ -27,6 +27,7 @@ BENCHMARKS = (
 OPTIONS: dict[str, tuple[str, ...]] = {
     "fuzz": ("minutes",),
     "faults": ("minutes", "faults", "seed"),
+    "ray_model": (),
     "redis_cost": (),
     "capacity": ("seed",),
     "replicas": ("url", "start", "rate", "seconds", "seed"),

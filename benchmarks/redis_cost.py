@@ -162,6 +162,7 @@ class Meter:
 
     async def _read(self) -> dict[str, float]:
         info = await self.redis.info("all")
+        calls = {name: info.get(f"cmdstat_{name}", {}).get("calls", 0) for name in ("mget", "eval", "evalsha", "xread")}
         return {
             "commands": info["total_commands_processed"],
             "round_trips": info["total_reads_processed"],
@@ -169,4 +170,7 @@ class Meter:
             "bytes_out": info["total_net_output_bytes"],
             "cpu_us": 1e6 * (info["used_cpu_user_main_thread"] + info["used_cpu_sys_main_thread"]),
             "memory_bytes": info["used_memory_dataset"],
-        } | {f"{name}s": info.get(f"cmdstat_{name}", {}).get("calls", 0) for name in ("mget", "eval", "xread")}
+            "mgets": calls["mget"],
+            "evals": calls["eval"] + calls["evalsha"],
+            "xreads": calls["xread"],
+        }

@@ -33,7 +33,7 @@ app/admission/                             domain, errors, settings, observe, en
     work.py, learned.py, fair.py, bounds.py   domain, errors alone: who is next is no matter of clocks and tasks
 app/serving.py                             domain, engine
 app/counting.py                            domain, errors, engine, gate, serving
-app/plan/                                  errors, settings, weights                       httpx, torch, typer, rich
+app/plan/                                  engine, errors, settings, weights                httpx, torch, typer, rich
     shape.py, machines.py, arithmetic.py   errors alone: a plan is arithmetic
 app/forms.py                               domain, wire, `near`, `recording` and `reuse` of cache; no vendor
 app/service.py                             domain, errors, settings, wire, engine, cache, flight, observe, serving,
@@ -95,6 +95,7 @@ OURS: dict[str, set[str]] = {
     "app.gate": {
         "app.gate",
         "app.cache.link",
+        "app.cache.scripts",
         "app.domain",
         "app.errors",
         "app.observe",
@@ -120,6 +121,7 @@ OURS: dict[str, set[str]] = {
     "app.cache.policy": {"app.errors"},
     "app.cache.explain": {"app.cache", "app.cache.key", "app.cache.reuse", "app.domain"},
     "app.cache.recording": {"app.cache.seal", "app.domain", "app.errors"},
+    "app.cache.scripts": set(),
     "app.cache.seal": set(),
     "app.train": {"app", "app.train", "app.domain", "app.errors", "app.ledger", "app.settings", "app.weights"},
     "app.train.template": {"app.errors"},
@@ -131,6 +133,7 @@ OURS: dict[str, set[str]] = {
     "app.cache.reuse": {"app.cache.recording", "app.domain"},
     "app.flight": {
         "app.cache.link",
+        "app.cache.scripts",
         "app.cache.seal",
         "app.domain",
         "app.errors",
@@ -160,7 +163,7 @@ OURS: dict[str, set[str]] = {
         "app.settings",
         "app.weights",
     },
-    "app.plan": {"app.errors", "app.plan", "app.settings", "app.weights"},
+    "app.plan": {"app.engine", "app.errors", "app.plan", "app.settings", "app.weights"},
     "app.plan.shape": {"app.errors"},
     "app.plan.machines": {"app.plan.shape"},
     "app.plan.arithmetic": {"app.errors", "app.plan.machines", "app.plan.shape"},
@@ -287,6 +290,7 @@ VENDORS: dict[str, set[str]] = {
     "httpx": {"app.plan.against"},
     "redis": {
         "app.cache.link",
+        "app.cache.scripts",
         "app.cache.store",
         "app.cache.tracking",
         "app.flight.lease",

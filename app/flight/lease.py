@@ -16,11 +16,12 @@ from typing import Any
 from redis.exceptions import ResponseError
 
 from app.cache.link import Link
+from app.cache.scripts import Scripts
 from app.errors import LeaseLost, RedisDown
 from app.flight import names
 from app.settings import Settings
 
-_LUA = {path.stem: path.read_text() for path in (Path(__file__).parent / "lua").glob("*.lua")}
+_SCRIPTS = Scripts(Path(__file__).parent / "lua")
 # A follower is believed for so many leases after it last said that it follows.
 _BELIEVED_LEASES = 2
 
@@ -73,7 +74,7 @@ class Leases:
         return bool(await self._ask(lambda redis: redis.exists(name)))
 
     async def run(self, script: str, keys: list[str], arguments: list[Any]) -> Any:
-        return await self._ask(lambda redis: redis.eval(_LUA[script], len(keys), *keys, *arguments))
+        return await self._ask(lambda redis: _SCRIPTS.run(redis, script, keys, arguments))
 
     async def _ask(self, question: Any) -> Any:
         try:

@@ -15,13 +15,13 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
-from hashlib import sha1
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from redis.exceptions import NoScriptError, ResponseError
+from redis.exceptions import ResponseError
 
 from app.cache.link import Link, ended
+from app.cache.scripts import Scripts
 from app.domain import Budget, Caller, Limits
 from app.errors import LimitsUnknown, QuotaSpent, RateLimited, RedisDown
 from app.gate.limits import NO_USAGE, Prices, Usage, amount
@@ -37,13 +37,7 @@ MOST_UNSETTLED = 10_000
 # A key that was not used for so long is looked at: perhaps its counters can be forgotten.
 SWEEP_AFTER_S = 120.0
 
-_COMMON = (Path(__file__).parent / "lua" / "common.lua").read_text()
-_LUA = {
-    path.stem: _COMMON + path.read_text()
-    for path in (Path(__file__).parent / "lua").glob("*.lua")
-    if path.stem != "common"
-}
-_SHA = {name: sha1(text.encode(), usedforsecurity=False).hexdigest() for name, text in _LUA.items()}
+_SCRIPTS = Scripts(Path(__file__).parent / "lua")
 
 
 class Standing(NamedTuple):
@@ -212,15 +206,8 @@ class Quotas:
     async def _run(self, script: str, name: str, arguments: list[Any]) -> Any:
         """Raises RedisDown, also where something foreign lies under one of our names."""
         keys = [f"{self._settings.redis_namespace}:limit:{{{name}}}:{part}" for part in _PARTS]
-
-        async def question(redis: Any) -> Any:
-            try:
-                return await redis.evalsha(_SHA[script], len(keys), *keys, *arguments)
-            except NoScriptError:
-                return await redis.eval(_LUA[script], len(keys), *keys, *arguments)
-
         try:
-            return await self._link.ask(question)
+            return await self._link.ask(lambda redis: _SCRIPTS.run(redis, script, keys, arguments))
         except ResponseError as error:
             log.warning("a limit could not be counted: %s", error)
             raise RedisDown(str(error)) from error

@@ -11,10 +11,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from app.engine import compiles
 from app.errors import StartRefused
 from app.plan.arithmetic import Load, Plan, plan, point
 from app.plan.machines import CARDS, GIB, Gpus, Machine
 from app.plan.shape import Shape, shape_of
+from app.settings import Settings
 from app.settings import load as load_settings
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ def command(
         pull_default(registry, err.print)
     folder, name = config_folder(named, registry, err.print)
     shape = shape_of(folder, name, dtype=dtype, quantization=quantization or settings.quantization)
-    machine = _machine(gpu, gpus, utilization, shape)
+    machine = _machine(gpu, gpus, utilization, shape, settings)
     load = Load(prompt_tokens, output_tokens)
     kv_bytes = (settings.kv_cache_gib or 2) * float(GIB) if gpu == "this" else None
     found = plan(shape, machine, load, kv_bytes=kv_bytes, price_hour=price_hour)
@@ -68,14 +70,15 @@ def command(
         _compare(found, measured)
 
 
-def _machine(gpu: str, count: int, utilization: float, shape: Shape) -> Machine:
+def _machine(gpu: str, count: int, utilization: float, shape: Shape, settings: Settings) -> Machine:
     if gpu == "this":
         from app.plan.processor import measured
 
         if shape.quantization:
             raise StartRefused("quantized weights on a processor are not in this arithmetic; name a card with --gpu")
+        threads = settings.cpu_threads or len(os.sched_getaffinity(0))
         with err.status("measuring this machine's kernels at the model's sizes"):
-            return measured(shape, threads=len(os.sched_getaffinity(0)))
+            return measured(shape, threads=threads, is_compiled=compiles(settings))
     if gpu not in CARDS:
         raise StartRefused(f"there is no card {gpu!r}; known: this, {', '.join(CARDS)}")
     if shape.kv_heads % count:

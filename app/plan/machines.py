@@ -104,24 +104,27 @@ class Gpus:
 
 @dataclass(frozen=True, slots=True)
 class Processor:
-    """This machine's processor. `pass_s`: tokens at once -> seconds for all of a model's matrices, measured;
-    `step_overhead_s`: what the engine takes for a step besides them, per sequence and in all."""
+    """This machine's processor. `pass_s`: tokens at once -> seconds for all of a model's matrices, measured. Besides
+    them the engine takes `layer_s` for each layer of a step, `token_layer_s` for each token in each layer, and
+    `sequence_s` for each sequence that gets a token."""
 
     name: str
     memory_bytes: float
     pass_s: dict[int, float]
     bandwidth_gb_s: float
     layer_s: float
-    step_overhead_s: float
+    token_layer_s: float
     sequence_s: float
 
     def step_s(self, shape: Shape, batch: int, context: int) -> float:
         cache_s = batch * context * shape.kv_bytes_per_token / (self.bandwidth_gb_s * 1e9)
-        engine_s = self.step_overhead_s + shape.layers * self.layer_s + batch * self.sequence_s
-        return self._pass_s(batch) + cache_s + engine_s
+        return self._layers_s(shape, batch) + cache_s + batch * self.sequence_s
 
     def prefill_s(self, shape: Shape, tokens: int) -> float:
-        return self._pass_s(tokens) + shape.layers * self.layer_s + self.step_overhead_s
+        return self._layers_s(shape, tokens) + self.sequence_s
+
+    def _layers_s(self, shape: Shape, tokens: int) -> float:
+        return self._pass_s(tokens) + shape.layers * (self.layer_s + tokens * self.token_layer_s)
 
     def _pass_s(self, tokens: int) -> float:
         """Between what was measured, on a line; beyond it, at the last one's pace."""

@@ -13,17 +13,20 @@ from app.plan.machines import GIB, Processor
 from app.plan.shape import Shape
 
 TOKENS = (1, 4, 8, 16, 32, 64, 256)
-ROUNDS = 7
+# Each size is multiplied for so long, and its best pass counts: what else the machine does comes in bursts.
+EACH_S = 0.4
 # Distinct layers are multiplied with, so that no cache holds what a real pass would read anew.
 MOST_BYTES = 2 * GIB
-# Besides the matrices, of vLLM's eager engine on two cores with AVX-512 (benchmarks/LOG.md): per step, per layer (its
-# norms, rotation, attention and activation), per sequence (sampling, detokenisation, its stream).
-STEP_S = 0.0012
-LAYER_S = 0.00009
-SEQUENCE_S = 0.00028
+# Besides the matrices, of vLLM on two cores with AVX-512 (benchmarks/LOG.md). What PyTorch takes to start each layer's
+# small kernels, once a step: nothing where the model is compiled into few.
+LAYER_S = 0.00007
+# Norms, rotation, attention and activation, for each token of a step in each layer.
+TOKEN_LAYER_S = 2.2e-6
+# Sampling, detokenisation and its stream, for each sequence of a step.
+SEQUENCE_S = 0.00034
 
 
-def measured(shape: Shape, *, threads: int) -> Processor:
+def measured(shape: Shape, *, threads: int, is_compiled: bool) -> Processor:
     """Takes a few seconds of all cores; on a busy machine what it finds is as slow as the engine would be.
 
     Raises ImportError without torch.
@@ -51,12 +54,12 @@ def measured(shape: Shape, *, threads: int) -> Processor:
             return _best(layers_pass) * shape.layers / layers + _best(lambda: multiply(last, head))
 
     return Processor(
-        name=f"this machine ({threads} threads)",
+        name=f"this machine ({threads} threads, {'compiled' if is_compiled else 'eager'})",
         memory_bytes=float(psutil.virtual_memory().total),
         pass_s={tokens: seconds(tokens) for tokens in TOKENS},
         bandwidth_gb_s=_bandwidth(torch),
-        layer_s=LAYER_S,
-        step_overhead_s=STEP_S,
+        layer_s=0.0 if is_compiled else LAYER_S,
+        token_layer_s=TOKEN_LAYER_S,
         sequence_s=SEQUENCE_S,
     )
 
@@ -69,9 +72,8 @@ def _bandwidth(torch: Any) -> float:
 
 def _best(work: Callable[[], Any]) -> float:
     work()
-    best = float("inf")
-    for _ in range(ROUNDS):
-        began = time.perf_counter()
+    best, until = float("inf"), time.perf_counter() + EACH_S
+    while (began := time.perf_counter()) < until:
         work()
         best = min(best, time.perf_counter() - began)
     return best

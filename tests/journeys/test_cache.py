@@ -179,7 +179,7 @@ def test_tenants_never_share_answers(serve: Callable[..., Running], settings) ->
 
 
 def test_an_interrupted_stream_is_not_recorded_and_frees_the_engine(serve: Callable[..., Running]) -> None:
-    running = serve(is_driven=True)
+    running = serve(is_driven=True, keep_alive_s=0.2)
     with running.client() as client, client.stream("POST", CHAT, json=chat(stream=True)) as response:
         script = until(lambda: running.engine.asked.get_nowait() if not running.engine.asked.empty() else None)
         _on_loop(running, script.say, "half an ")
@@ -197,7 +197,7 @@ def test_a_client_that_leaves_a_call_without_stream_frees_the_engine_too(serve: 
 
 
 def test_a_generation_that_breaks_ends_in_one_error_event_and_is_not_recorded(serve: Callable[..., Running]) -> None:
-    running = serve(is_driven=True)
+    running = serve(is_driven=True, keep_alive_s=0.2)
     with running.client() as client, client.stream("POST", CHAT, json=chat(stream=True)) as response:
         script = until(lambda: running.engine.asked.get_nowait() if not running.engine.asked.empty() else None)
         _on_loop(running, script.say, "half an ")
