@@ -14,6 +14,7 @@ WORKDIR /opt/refrain
 
 # Locked wheels only (their digests are in deploy/lock), so no compiler is needed to build this.
 # Byte code is written now, because a read-only container cannot keep any: the engine starts seconds sooner.
+# uv leaves an empty .lock that everybody may write; here and below it goes.
 FROM base AS dependencies
 ARG DEVICE
 ENV UV_COMPILE_BYTECODE=1 UV_LINK_MODE=copy
