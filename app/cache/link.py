@@ -43,8 +43,8 @@ MAX_CONNECTIONS = 64
 FAILURES = (RedisError, RedisClusterException, ChildDeadlockedError, IncorrectPolicyType, OSError)
 # What says "the server cannot serve us now", as against "this question was wrong for this key".
 _DOWN = (AuthenticationError, NoPermissionError, ReadOnlyError, ClusterDownError)
-# Errors of a server that is up and refuses all the same: full, loading, in a failover.
-_REFUSALS = ("OOM", "LOADING", "MISCONF", "MASTERDOWN", "CLUSTERDOWN", "NOREPLICAS", "BUSY", "UNBLOCKED")
+# Errors of a server that is up and refuses all the same: full, loading, in a failover, in protected mode.
+_REFUSALS = ("DENIED", "OOM", "LOADING", "MISCONF", "MASTERDOWN", "CLUSTERDOWN", "NOREPLICAS", "BUSY", "UNBLOCKED")
 
 
 async def ended(task: asyncio.Task[Any]) -> None:

@@ -115,3 +115,21 @@ async def test_a_task_that_loses_a_cancellation_is_ended_all_the_same() -> None:
     async with asyncio.timeout(20):
         await ended(task)
     assert task.cancelled()
+
+
+async def test_a_server_that_refuses_every_client_is_down(tmp_path: Path) -> None:
+    """A Redis in protected mode, say, asked from another machine: it answers the first command so, and hangs up."""
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(100)
+        writer.write(b"-DENIED Redis is running in protected mode because protected mode is enabled\r\n")
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        link = Link(make_settings(tmp_path, None), f"redis://127.0.0.1:{port}")
+        with pytest.raises(RedisDown):
+            await link.ask(lambda client: client.get("name"))
+        assert not link.is_up
+        await link.close()
