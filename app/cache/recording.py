@@ -9,6 +9,7 @@ Content is a msgpack array, compressed above a size.
 
 from __future__ import annotations
 
+import threading
 from typing import Final
 
 import msgspec
@@ -76,8 +77,17 @@ class Recording(msgspec.Struct, frozen=True, array_like=True):
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Recording)
-_compressor = zstandard.ZstdCompressor(level=3)
-_decompressor = zstandard.ZstdDecompressor()
+
+
+class _Zstd(threading.local):
+    """A pair for each thread: they work without the interpreter's lock, and two threads in one of them crash both."""
+
+    def __init__(self) -> None:
+        self.compressor = zstandard.ZstdCompressor(level=3)
+        self.decompressor = zstandard.ZstdDecompressor()
+
+
+_zstd = _Zstd()
 
 
 UNSIGNED: Final = Seal(Purpose.RECORD)
@@ -87,7 +97,7 @@ def pack(recording: Recording, key: str, *, compress_above_bytes: int, seal: Sea
     """The value for Redis."""
     content, flags = _encoder.encode(recording), 0
     if len(content) > compress_above_bytes:
-        content, flags = _compressor.compress(content), _ZSTD
+        content, flags = _zstd.compressor.compress(content), _ZSTD
     return MAGIC + bytes((flags,)) + seal.close(content, _name(key, flags))
 
 
@@ -117,4 +127,4 @@ def _decompressed(content: bytes) -> bytes:
     # The frame says how large it is (ours all do), and `decompress` believes it, whatever limit it is given.
     if not 0 <= zstandard.frame_content_size(content) <= _MAX_UNPACKED_BYTES:
         raise BrokenRecording("unreadable")
-    return _decompressor.decompress(content)
+    return _zstd.decompressor.decompress(content)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import struct
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import pytest
@@ -163,3 +165,18 @@ def test_the_header_is_as_the_docstring_says() -> None:
     value = pack(ONE, KEY, compress_above_bytes=10**9)
     assert value[:4] == b"RFR2"
     assert msgspec.msgpack.decode(value[HEADER_BYTES:])[0] == "body"
+
+
+def test_several_threads_pack_and_open_at_once() -> None:
+    """Each server of a process has a thread of its own; compression works beside the interpreter's lock."""
+
+    def broken(seed: int) -> int:
+        drawn, wrong = random.Random(seed), 0
+        for _ in range(100):
+            head = bytes(drawn.choices(b"abcdefgh {}\n", k=drawn.randrange(2_000, 40_000)))
+            recording = Recording(Form.BODY, 1.7e9, "chatcmpl-1", 1, head, b"", b"", 3, 5, 0.25, 4e9, "m@0")
+            wrong += unpack(pack(recording, KEY, compress_above_bytes=1024), KEY) != recording
+        return wrong
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sum(pool.map(broken, range(4))) == 0
