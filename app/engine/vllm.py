@@ -517,7 +517,7 @@ def arguments(settings: Settings, weights: Weights) -> list[str]:
         options["enforce_eager"] = not compiles
         if compiles:
             options |= {"worker_cls": _WORKER, "compilation_config": {"cache_dir": str(settings.home / "compiled")}}
-        if cpu.computes_in_core():
+        if cpu.computes_in_core(settings):
             options["distributed_executor_backend"] = "uni"
             if not compiles:
                 options["kernel_config"] = {"ir_op_priority": {name: [_NORMS_PROVIDER] for name in _NORMS}}

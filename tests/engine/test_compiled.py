@@ -89,3 +89,21 @@ class Trial:
         printed, _ = self.process.communicate(timeout=300)
         assert self.process.returncode == 0, printed
         return json.loads(self.out.read_text())["fingerprint"], printed
+
+
+@pytest.mark.skipif(not cpu.is_cpu(), reason="on a GPU vLLM's own defaults stand")
+def test_workers_of_a_spread_model_divide_a_small_machines_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(cpu.os, "sched_getaffinity", lambda _: {4, 5, 6, 7})
+    one = Settings(home=tmp_path)
+    assert "uni" in arguments(one, WEIGHTS)
+    assert cpu.environment(one)["OMP_NUM_THREADS"] == "4"
+    for spread in ({"tensor_parallel_size": 2}, {"engine_args": {"tensor_parallel_size": 2}}):
+        settings = Settings(home=tmp_path, **spread)
+        assert "uni" not in arguments(settings, WEIGHTS)
+        assert cpu.environment(settings)["VLLM_CPU_OMP_THREADS_BIND"] == "4,6|5,7"
+    ranks = Settings(home=tmp_path, tensor_parallel_size=2, engine_args={"data_parallel_size": 3})
+    assert (ranks.devices_per_rank, ranks.devices) == (2, 6)
