@@ -28,6 +28,7 @@ from app.domain import Weights
 from app.gate.keys import KeyFile
 from app.weights import Registry
 from benchmarks import servers
+from benchmarks.ray_local import APP, deploy, ray_running
 from benchmarks.report import Report, step, verdict
 
 PHYSICS = """\
@@ -35,7 +36,7 @@ Two engines on two cores are no faster than one: nothing here is about speed. It
 replicas come, go, die and change their weights under them. What must hold: no call fails, no stream ends before its
 end, and no text is another than the one that the weights in its header give."""
 
-APP, BOT, CHAT = "refrain", "bot", "/v1/chat/completions"
+BOT, CHAT = "bot", "/v1/chat/completions"
 STREAMS, TOKENS, QUESTIONS = 8, 64, 24
 PATIENCE_S = 300.0
 # Calls in the engines by which `by_calls` asks for one more replica.
@@ -57,20 +58,9 @@ class Cluster:
         return f"http://127.0.0.1:{self.args['port']}"
 
     def deploy(self, *, digest: str | None = None, **options: Any) -> None:
-        """Ask as `serve deploy` does; `wait` waits for it."""
-        from ray.serve.context import _get_global_client
-        from ray.serve.schema import ServeDeploySchema
-
+        """Ask for it; `wait` waits for it."""
         user_config = {"model": f"{BOT}@{digest}"} if digest else {}
-        ours = {"name": "refrain", "user_config": user_config, "ray_actor_options": {"num_cpus": 0}}
-        application = {
-            "name": APP,
-            "import_path": "app.cluster.application:build",
-            "args": self.args,
-            "deployments": [ours | options],
-        }
-        config = ServeDeploySchema.model_validate({"applications": [application]})
-        _get_global_client().deploy_apps(config, _blocking=False)
+        deploy(self.args, is_waited_for=False, user_config=user_config, **options)
 
     def wait(self, replicas: int) -> float:
         """Seconds until so many run and nothing else is under way."""
@@ -355,9 +345,6 @@ def _listens(process: psutil.Process, port: int) -> bool:
 
 @contextmanager
 def started() -> Iterator[Cluster]:
-    import ray
-    from ray import serve
-
     os.environ |= _QUICK
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rb-")))
@@ -365,19 +352,7 @@ def started() -> Iterator[Cluster]:
         secret, _ = KeyFile(folder / "keys.json").create("bench")
         step("publishing two sets of weights")
         digests = _published(Registry(folder / "weights"), servers.weights(step))
-        proxy_port = servers.free_port()
-        step("starting Ray")
-        ray.init(
-            num_cpus=2,
-            object_store_memory=100 * 2**20,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="error",
-            _temp_dir=str(folder / "ray"),
-        )
-        stack.callback(ray.shutdown)
-        stack.callback(serve.shutdown)
-        serve.start(http_options={"host": "127.0.0.1", "port": proxy_port})
+        proxy = stack.enter_context(ray_running(folder))
         args = {
             "home": str(folder),
             "model": f"{BOT}@{digests[0]}",
@@ -390,7 +365,7 @@ def started() -> Iterator[Cluster]:
             "max_model_len": 1024,
             "stream_resume_s": 60.0,
         }
-        yield Cluster(args, f"http://127.0.0.1:{proxy_port}", {"authorization": f"Bearer {secret}"}, digests)
+        yield Cluster(args, proxy, {"authorization": f"Bearer {secret}"}, digests)
 
 
 def _published(registry: Registry, default: Weights) -> tuple[str, str]:

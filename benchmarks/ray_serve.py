@@ -17,6 +17,7 @@ from app.gate.keys import KeyFile
 from benchmarks import load, servers
 from benchmarks.openloop import Client, call
 from benchmarks.overload import rate
+from benchmarks.ray_local import deploy, ray_running
 from benchmarks.report import Report, step, verdict
 
 PHYSICS = """\
@@ -26,7 +27,6 @@ second replica should double what is answered, less what the way there costs. Ea
 of its own, at the port that the replicas share. A hit costs a server of ours a tenth of a millisecond of processor
 time: what it costs by Ray's proxy is Ray's."""
 
-APP = "refrain"
 PLACES, TOKENS_PER_S, CALL_TOKENS_PER_S, TOKENS = 8, 300.0, 120.0, 16
 # So many clients that the slower half of an uneven deal still keeps a replica's places full.
 CLIENTS = 6 * PLACES
@@ -46,18 +46,7 @@ class Ours:
         return f"http://127.0.0.1:{self.args['port']}"
 
     def deploy(self, replicas: int) -> None:
-        from ray.serve.context import _get_global_client
-        from ray.serve.schema import ServeDeploySchema
-
-        ours = {"name": "refrain", "num_replicas": replicas, "user_config": {}, "ray_actor_options": {"num_cpus": 0}}
-        application = {
-            "name": APP,
-            "import_path": "app.cluster.application:build",
-            "args": self.args,
-            "deployments": [ours],
-        }
-        config = ServeDeploySchema.model_validate({"applications": [application]})
-        _get_global_client().deploy_apps(config, _blocking=True)  # what `serve deploy` asks the controller for
+        deploy(self.args, is_waited_for=True, num_replicas=replicas)
 
 
 def run(*, quick: bool, rounds: int | None, save: bool) -> dict[str, Any]:
@@ -73,9 +62,6 @@ def run(*, quick: bool, rounds: int | None, save: bool) -> dict[str, Any]:
 @contextmanager
 def started() -> Iterator[tuple[Ours, str]]:
     """One replica on Ray, and a plain server beside it with the same settings."""
-    import ray
-    from ray import serve
-
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rb-")))
         _, redis_port = stack.enter_context(servers.valkey(folder))
@@ -92,20 +78,8 @@ def started() -> Iterator[tuple[Ours, str]]:
         named = {f"REFRAIN_{name.upper()}": str(value) for name, value in shared.items() if name != "home"}
         plain = stack.enter_context(servers.refrain(folder, folder, **named))
         plain.wait_ok("/readyz")
-        proxy_port = servers.free_port()
-        step("starting Ray")
-        ray.init(
-            num_cpus=2,
-            object_store_memory=100 * 2**20,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="error",
-            _temp_dir=str(folder / "ray"),
-        )
-        stack.callback(ray.shutdown)
-        stack.callback(serve.shutdown)
-        serve.start(http_options={"host": "127.0.0.1", "port": proxy_port})
-        ours = Ours(shared | {"port": servers.free_port()}, f"http://127.0.0.1:{proxy_port}", key)
+        proxy = stack.enter_context(ray_running(folder))
+        ours = Ours(shared | {"port": servers.free_port()}, proxy, key)
         ours.deploy(1)
         yield ours, plain.url
 
