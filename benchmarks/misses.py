@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 
 from app.domain import Weights
+from app.engine import cpu
 from benchmarks import servers
 from benchmarks.report import Report, medians, ratio, spread, step, verdict
 
@@ -31,7 +32,7 @@ and sent at temperature 0, so each call of Refrain's is looked up, missed, gener
 REFRAIN, SAME, DEFAULT = "refrain", "vllm same", "vllm default"
 CONCURRENCIES = (1, 8, 32)
 INPUT_TOKENS, OUTPUT_TOKENS = 64, 64
-PROMPTS = {1: 8, 8: 32, 32: 96}
+PROMPTS = {1: 12, 8: 64, 32: 160}
 QUICK_PROMPTS = {1: 2, 8: 8, 32: 32}
 BENCH_TIMEOUT_S = 600
 
@@ -47,40 +48,54 @@ def run(*, quick: bool, rounds: int | None, save: bool) -> dict[str, Any]:
         "tokens_in_out": [INPUT_TOKENS, OUTPUT_TOKENS],
         "temperature": 0,
         "model": model.short,
-        "same": {"environment": environment, "arguments": arguments[1:]},
+        "same": {
+            "environment": environment,
+            "arguments": [argument.replace(f"{servers.ROOT}/", "") for argument in arguments[1:]],
+        },
     }
     report = Report("misses", PHYSICS, settings)
     samples: dict[tuple[str, int], list[dict[str, float]]] = defaultdict(list)
-    names = [REFRAIN, SAME, DEFAULT]
+    # A shared machine's speed moves from minute to minute, so what is compared is measured next to each other: all
+    # servers are up, and those that are not asked are stopped. A GPU has room for one of them.
+    groups = [[REFRAIN, SAME, DEFAULT]] if cpu.is_cpu() else [[REFRAIN], [SAME], [DEFAULT]]
     for number in range(rounds):
-        # One server at a time, each round in another order; within a round all see the same prompts.
         seed = secrets.randbelow(2**30)
-        for name in names[number % 3 :] + names[: number % 3]:
-            _one_server(name, model, prompts, seed, samples, f"round {number + 1} of {rounds}, {name}")
+        for names in groups:
+            _one_round(names, model, prompts, number, seed, samples, f"round {number + 1} of {rounds}")
     return _tell(report, samples, save)
 
 
-def _one_server(
-    name: str,
+def _one_round(
+    names: list[str],
     model: Weights,
     prompts: dict[int, int],
+    number: int,
     seed: int,
     samples: dict[tuple[str, int], list[dict[str, float]]],
     title: str,
 ) -> None:
+    """Each concurrency in another order of the servers, with prompts that are the same for all of them."""
     with ExitStack() as stack:
         logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rb-")))
-        step(f"{title}: starting")
-        server = start(name, model, logs, stack)
-        ready_s = time.monotonic() - server.began
-        warm_up(server.url, model.name)
-        for concurrency in CONCURRENCIES:
-            found = bench(server, model, concurrency, prompts[concurrency], seed + concurrency, logs)
-            samples[name, concurrency].append(found | {"ready_s": ready_s})
-            told = f"{found['tokens_per_s']:.0f} tokens/s, first token {found['ttft_p50_ms']:.0f} ms"
-            step(f"{title}: concurrency {concurrency}: {told}")
-        if name == REFRAIN:
-            assert hits(server.url) == 0, "some calls were answered from the cache: prompts were not distinct"
+        up: dict[str, servers.Server] = {}
+        ready_s: dict[str, float] = {}
+        for name in names:
+            step(f"{title}: starting {name}")
+            up[name] = start(name, model, logs, stack)
+            ready_s[name] = time.monotonic() - up[name].began
+            warm_up(up[name].url, model.name)
+            up[name].pause()
+        for at, concurrency in enumerate(CONCURRENCIES):
+            first = (number + at) % len(names)
+            for name in names[first:] + names[:first]:
+                with up[name].going_on():
+                    found = bench(up[name], model, concurrency, prompts[concurrency], seed + concurrency, logs)
+                samples[name, concurrency].append(found | {"ready_s": ready_s[name]})
+                told = f"{found['tokens_per_s']:.0f} tokens/s, first token {found['ttft_p50_ms']:.0f} ms"
+                step(f"{title}: concurrency {concurrency}: {name}: {told}")
+        if REFRAIN in up:
+            up[REFRAIN].go_on()
+            assert hits(up[REFRAIN].url) == 0, "some calls were answered from the cache: prompts were not distinct"
 
 
 def start(name: str, model: Weights, logs: Path, stack: ExitStack) -> servers.Server:

@@ -81,9 +81,28 @@ class Server:
         """Processor time that it and its children have used."""
         return sum(cpu_s(member) for member in self.family())
 
+    def pause(self) -> None:
+        """It and its children take no processor time until `go_on`."""
+        for member in self.family():
+            member.suspend()
+
+    def go_on(self) -> None:
+        for member in self.family():
+            member.resume()
+
+    @contextmanager
+    def going_on(self) -> Iterator[None]:
+        """Awake for the context of a server that is paused otherwise."""
+        self.go_on()
+        try:
+            yield
+        finally:
+            self.pause()
+
     def stop(self) -> None:
         """SIGTERM, as an operator would; what is left of the family afterwards is killed."""
         family = self.family()
+        self.go_on()
         if self.process.poll() is None:
             self.process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -185,6 +185,7 @@ def _mount_health(
     async def prometheus() -> Response:
         metrics.engine_ready.set(service.engine.state.phase is Phase.READY)
         service.admission.tell()
+        metrics.flight_bytes.set(service.flights.size_bytes)
         metrics.engine_restarts.set(service.engine.state.restarts)
         metrics.engine_quarantined.set(service.engine.state.quarantined)
         metrics.device_seconds.labels("busy").set(service.engine.meter.busy_s)

@@ -45,46 +45,43 @@ async def as_answer(produced: Any, about: Underway, *, by_alias: bool, mark: str
 
 async def _opened(stream: AsyncGenerator[Any, None], about: Underway, mark: str | None) -> AsyncIterator[bytes]:
     """The stream as bytes, started: a refusal or an early death is raised here and not sent as an event."""
-    events = _as_bytes(stream, about, mark)
+    marked = b'data: {"system_fingerprint":"%s",' % mark.encode() if mark else b""
     try:
         with translated(about):
-            first = await anext(events)
+            first = _as_bytes(await anext(stream), about, marked)
     except StopAsyncIteration:
         raise EngineFailed("the engine gave an empty answer") from None
     except BaseException:
-        await events.aclose()
+        await stream.aclose()
         raise
-    return _rest(first, events, about)
+    return _streamed(first, stream, about, marked)
 
 
-async def _rest(first: bytes, events: AsyncGenerator[bytes, None], about: Underway) -> AsyncGenerator[bytes, None]:
-    underway.set(about)  # some of vLLM's handlers begin to generate only after their first event
-    async with aclosing(events):
+async def _streamed(
+    first: bytes, rest: AsyncGenerator[Any, None], about: Underway, marked: bytes
+) -> AsyncGenerator[bytes, None]:
+    async with aclosing(rest):
         yield first
         underway.set(about)  # Responses ask the engine only after their first event, when `answer` has returned
         with translated(about):
-            async for event in events:
-                yield event
+            async for event in rest:
+                yield _as_bytes(event, about, marked)
 
 
 # vLLM would write a fingerprint into the last chunk alone, if no usage event follows; it is told to write none.
 _CHUNK_BEGINS = b'data: {"id"'
 
 
-async def _as_bytes(
-    stream: AsyncGenerator[Any, None], about: Underway, mark: str | None
-) -> AsyncGenerator[bytes, None]:
-    marked = b'data: {"system_fingerprint":"%s",' % mark.encode() if mark else b""
-    async with aclosing(stream):
-        async for event in stream:
-            if isinstance(event, str):
-                content = event.encode()
-            else:  # Responses give event objects
-                content = f"event: {event.type}\ndata: {event.model_dump_json(indent=None, by_alias=True)}\n\n".encode()
-            _refuse_error_event(content, about)
-            if marked and content.startswith(_CHUNK_BEGINS):
-                content = marked + content[len(_CHUNK_BEGINS) - 4 :]
-            yield content
+def _as_bytes(event: Any, about: Underway, marked: bytes) -> bytes:
+    """`marked` is how a chunk begins that has a fingerprint. Raises AppError where the event says what broke."""
+    if isinstance(event, str):
+        content = event.encode()
+    else:  # Responses give event objects
+        content = f"event: {event.type}\ndata: {event.model_dump_json(indent=None, by_alias=True)}\n\n".encode()
+    _refuse_error_event(content, about)
+    if marked and content.startswith(_CHUNK_BEGINS):
+        return marked + content[len(_CHUNK_BEGINS) - 4 :]
+    return content
 
 
 # --- errors --------------------------------------------------------------------------------------

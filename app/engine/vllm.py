@@ -18,6 +18,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -166,6 +167,7 @@ class VllmEngine:
             gc.unfreeze()  # what a dead predecessor left may go
             gc.collect()
             gc.freeze()
+        _keep_variables()
         self._core.go_on()
         self.state.become(Phase.READY, f"loaded in {time.monotonic() - began:.1f} s")
         log.info("engine ready: %s in %.1f s", self._weights.short, time.monotonic() - began)
@@ -408,6 +410,8 @@ def _salted(call: Call, scope: str) -> dict[str, Any]:
 
 def _begin(settings: Settings) -> None:
     """The environment, and the fork server, once per process: it imports vLLM on the other core while we do here."""
+    if (variables := sys.modules.get("vllm.envs")) is not None:
+        variables.disable_envs_cache()
     _prepare_environment(settings)
     multiprocessing.set_forkserver_preload(["app.engine.preload"])
     os.environ["_REFRAIN_FORKSERVER"] = str(os.getpid())
@@ -416,6 +420,14 @@ def _begin(settings: Settings) -> None:
         multiprocessing.forkserver.ensure_running()
     finally:
         del os.environ["_REFRAIN_FORKSERVER"]
+
+
+def _keep_variables() -> None:
+    """vLLM reads some of its variables once a token, unless it is told that they stay as they are. It tells its cores
+    so, and not the process in front of them."""
+    from vllm.envs import enable_envs_cache
+
+    enable_envs_cache()
 
 
 async def end_fork_server() -> None:

@@ -71,6 +71,11 @@ class Flights:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._reader.close()
 
+    @property
+    def size_bytes(self) -> int:
+        """What all flights take of this process's memory."""
+        return self._hold.bytes
+
     # --- getting on and off --------------------------------------------------------------------
 
     @contextmanager

@@ -30,7 +30,7 @@ FLOOR_BYTES = 64 * 2**10
 
 
 class Hold:
-    """Weighs the flights of one process. `spawn` runs a task that outlives the call."""
+    """Weighs the flights of one process: `bytes` is what they take. `spawn` runs a task that outlives the call."""
 
     def __init__(self, settings: Settings, spawn: Callable[[Coroutine[Any, Any, None], str], object]) -> None:
         self._each_bytes = settings.flight_max_bytes
@@ -38,19 +38,19 @@ class Hold:
         self._patience_s = PATIENCE_S
         self._spawn = spawn
         self._flights: set[Flight] = set()
-        self._bytes = 0
+        self.bytes = 0
 
     def take(self, flight: Flight) -> None:
         """Weigh it from now on."""
         self._flights.add(flight)
-        self._change(flight.size_bytes)
+        self.bytes += flight.size_bytes
         flight.on_weight = self._weighed
 
     def leave(self, flight: Flight) -> None:
         """Nobody needs what it holds."""
         if flight in self._flights:
             self._flights.discard(flight)
-            self._change(-flight.size_bytes)
+            self.bytes -= flight.size_bytes
             flight.on_weight = lambda _flight, _bytes: None
 
     async def room(self, flight: Flight) -> None:
@@ -75,10 +75,10 @@ class Hold:
         return False
 
     def _weighed(self, flight: Flight, change_bytes: int) -> None:
-        self._change(change_bytes)
+        self.bytes += change_bytes
         if change_bytes > 0 and flight.size_bytes > self._each_bytes:
             self._close(flight, "own")
-        while self._bytes > self._all_bytes:
+        while self.bytes > self._all_bytes:
             largest = max(filter(_can_be_held_in_part, self._flights), key=lambda each: each.size_bytes, default=None)
             if largest is None or largest.is_closed:  # then it waits for its readers, and to close others helps nobody
                 break
@@ -94,11 +94,7 @@ class Hold:
     def _is_over(self, flight: Flight) -> bool:
         if flight.size_bytes > self._each_bytes:
             return True
-        return self._bytes > self._all_bytes and flight.size_bytes > FLOOR_BYTES
-
-    def _change(self, change_bytes: int) -> None:
-        self._bytes += change_bytes
-        metrics.flight_bytes.inc(change_bytes)
+        return self.bytes > self._all_bytes and flight.size_bytes > FLOOR_BYTES
 
 
 def _can_be_held_in_part(flight: Flight) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 
-from app.engine.translation import _rest
+from app.engine.translation import as_answer
 from app.engine.underway import Underway, underway
 
 
@@ -12,9 +12,12 @@ async def test_a_handler_that_asks_late_asks_for_its_own_call() -> None:
     """As that of Responses does; `answer` has returned by then."""
     about, seen = Underway("key"), []
 
-    async def late() -> AsyncGenerator[bytes, None]:
+    async def handler() -> AsyncGenerator[str, None]:
+        yield "data: 1\n\n"
         seen.append(underway.get())
-        yield b"second"
+        yield "data: 2\n\n"
 
-    assert [event async for event in _rest(b"first", late(), about)] == [b"first", b"second"]
+    answer = await as_answer(handler(), about, by_alias=False)
+    assert answer.events is not None
+    assert [event async for event in answer.events] == [b"data: 1\n\n", b"data: 2\n\n"]
     assert seen == [about]
