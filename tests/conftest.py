@@ -14,7 +14,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -227,13 +229,29 @@ def start_process(home: Path, log: Path, *arguments: str, **environment: str) ->
     return Process(process, until(listening, 300, 0.05), log)
 
 
+# The real thing, once for all tests: default model, vLLM, embedded Redis, every call cached if it may be. It prepares
+# and compiles the model for two minutes on one core; the tests that do without it run meanwhile.
+_engine_server: list[Future[Process]] = []
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    is_needed = any("engine_server" in getattr(item, "fixturenames", ()) for item in session.items)
+    if is_needed and not session.config.getoption("collectonly"):
+        TEST_HOME.mkdir(parents=True, exist_ok=True)
+        log = TEST_HOME / "engine-server.log"
+        start = partial(start_process, TEST_HOME, log, REFRAIN_RESPONSES_STORE="true")
+        _engine_server.append(ThreadPoolExecutor(1).submit(start))
+
+
+def pytest_sessionfinish() -> None:
+    for starting in _engine_server:
+        if starting.exception() is None:  # else its tests have said so
+            starting.result().stop()
+
+
 @pytest.fixture(scope="session")
-def engine_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    """The real thing, once for all tests: default model, vLLM, embedded Redis, every call cached if it may be."""
-    directory = tmp_path_factory.mktemp("engine")
-    TEST_HOME.mkdir(parents=True, exist_ok=True)
-    running = start_process(TEST_HOME, directory / "log", REFRAIN_RESPONSES_STORE="true")
+def engine_server() -> Iterator[Process]:
+    running = _engine_server[0].result()
     running.wait_ready()
-    httpx.get(running.url)
     yield running
     assert running.stop() == 0

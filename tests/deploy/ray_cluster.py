@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +15,12 @@ import psutil
 
 from app.gate.keys import KeyFile
 from app.weights import Registry
+from benchmarks.ray_local import APP, deploy, ray_running
+from benchmarks.servers import free_port
 from tests.conftest import RedisServer, until
 from tests.weights.conftest import publish
 
-APP, BOT = "refrain", "bot"
+BOT = "bot"
 BY_SESSION = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
 _QUICK = {
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.2",
@@ -36,7 +37,7 @@ class Cluster:
     redis: RedisServer
     secret: str
     digests: tuple[str, str]
-    proxy_port: int
+    rays: str
     port: int
 
     @property
@@ -45,18 +46,11 @@ class Cluster:
         return f"http://127.0.0.1:{self.port}"
 
     @property
-    def rays(self) -> str:
-        return f"http://127.0.0.1:{self.proxy_port}"
-
-    @property
     def headers(self) -> dict[str, str]:
         return {"authorization": f"Bearer {self.secret}"}
 
     def deploy(self, *, user_config: dict[str, Any] | None = None, speed: float = 40.0, **options: Any) -> None:
         """As `serve deploy` would; returns when Ray says that it is so. Another speed is for new replicas."""
-        from ray.serve.context import _get_global_client
-        from ray.serve.schema import ServeDeploySchema
-
         args = {
             "engine": "scripted",
             "model": f"{BOT}@{self.digests[0]}",
@@ -73,15 +67,7 @@ class Cluster:
         quick: dict[str, Any] = {"health_check_period_s": 0.5, "graceful_shutdown_wait_loop_s": 0.1}
         # In each deployment the same: another one would be for new replicas.
         quick |= {"request_router_config": {"request_router_class": BY_SESSION}}
-        ours = {"name": "refrain", "user_config": user_config or {}, "ray_actor_options": {"num_cpus": 0}}
-        application = {
-            "name": APP,
-            "import_path": "app.cluster.application:build",
-            "args": args,
-            "deployments": [ours | quick | options],
-        }
-        config = ServeDeploySchema.model_validate({"applications": [application]})
-        _get_global_client().deploy_apps(config, _blocking=True)
+        deploy(args, is_waited_for=True, user_config=user_config or {}, **(quick | options))
 
     def running(self) -> int:
         """How many replicas run; 0 while one comes or goes."""
@@ -106,16 +92,8 @@ def _listens(process: psutil.Process, port: int) -> bool:
     return any(each.status == psutil.CONN_LISTEN and each.laddr.port == port for each in found)
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
 @contextmanager
 def started(redis: RedisServer) -> Iterator[Cluster]:
-    import ray
-    from ray import serve
-
     for name in [each for each in os.environ if each.startswith("REFRAIN_")]:
         del os.environ[name]
     os.environ |= _QUICK
@@ -124,19 +102,8 @@ def started(redis: RedisServer) -> Iterator[Cluster]:
     secret, _ = KeyFile(home / "keys.json").create("t")
     registry = Registry(home / "weights")
     digests = publish(registry, BOT, 1), publish(registry, BOT, 2)
-    proxy_port = free_port()
-    ray.init(
-        num_cpus=2,
-        object_store_memory=100 * 2**20,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="error",
-        _temp_dir=str(folder / "ray"),
-    )
     try:
-        serve.start(http_options={"host": "127.0.0.1", "port": proxy_port})
-        yield Cluster(home, redis, secret, digests, proxy_port, free_port())
+        with ray_running(folder) as rays:
+            yield Cluster(home, redis, secret, digests, rays, free_port())
     finally:
-        serve.shutdown()
-        ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)

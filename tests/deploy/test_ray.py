@@ -26,8 +26,9 @@ from app.gate.keys import KeyFile
 from app.main import find_weights
 from app.settings import Settings
 from app.weights import Registry
+from benchmarks.servers import free_port
 from tests.conftest import REPOSITORY, RedisServer, Running, until
-from tests.deploy.ray_cluster import BOT, Cluster, free_port, started
+from tests.deploy.ray_cluster import BOT, Cluster, started
 from tests.flight.asking import CHAT
 from tests.weights.conftest import publish
 
