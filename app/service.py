@@ -55,6 +55,20 @@ AT_HAND_BYTES = 64 * 2**10
 
 
 @dataclass(frozen=True, slots=True)
+class Look:
+    """A look into the cache that found nothing to answer with.
+
+    `slot`: where, if anywhere; `standing`: what is there and did not serve the call. `kept`: how many answers this
+    process had recorded when it began.
+    """
+
+    slot: Slot | None = None
+    standing: Recording | None = None
+    kept: int = -1
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Which weights answer one call, and what the cache may do for it. Without a slot: nothing, for this reason.
 
@@ -273,15 +287,18 @@ class Service:
 
     # 2 -------------------------------------------------------------------------------------------
 
-    async def recall(self, call: Call, plan: Plan) -> Reply | None:
-        """The answer from a recording, under a fresh id and in the form that this client asked for.
+    async def recall(self, call: Call, plan: Plan) -> Reply | Look:
+        """The answer from a recording, under a fresh id and in the form that this client asked for; or the look that
+        found none.
 
         Raises:
             NotCached: `only-if-cached`, and there is none that the call accepts.
         """
-        began = time.perf_counter()
+        began, look = time.perf_counter(), Look()
         if plan.slot is not None and plan.may_read:
-            held, _ = await self._find(plan)
+            kept = self.store.kept
+            held, standing = await self._find(plan)
+            look = Look(plan.slot, standing, kept)
             if held is not None and plan.directives.accepts(age := age_s(held.recording)):
                 stale_s = self._stale_s(plan, age)
                 if stale_s <= self._settings.cache_stale_while_revalidate_s:
@@ -292,7 +309,7 @@ class Service:
                     return reply
         if plan.directives.only_if_cached:
             raise NotCached("the answer is not in the cache, and the request allows nothing else")
-        return None
+        return replace(look, seconds=time.perf_counter() - began)
 
     def at_hand(self, call: Call, plan: Plan) -> Reply | None:
         """What `recall` would give, where this process holds it and it is within its time; asks nobody.
@@ -353,7 +370,7 @@ class Service:
         metrics.refreshed.inc()
         anew = replace(plan, directives=replace(plan.directives, max_age_s=self._settings.cache_ttl_s))
         later = replace(call, body=call.body | {"priority": 1})  # nobody waits for it
-        self.flights.launch(self._ticket(call, plan), lambda flight: self._flown(later, anew, flight))
+        self.flights.launch(self._ticket(call, plan), lambda flight: self._flown(later, anew, flight, Look()))
 
     async def _instead(self, call: Call, plan: Plan, error: AppError) -> Reply:
         """A recording past its time, where generating anew failed. Raises the error where there is none."""
@@ -386,20 +403,20 @@ class Service:
         call: Call,
         plan: Plan,
         *,
-        looked_s: float,
+        look: Look,
         position: Position | None = None,
         within_s: float | None = None,
     ) -> AsyncIterator[Boarding]:
         """A seat on the flight that answers this call; leaving the context gives it up.
 
-        `looked_s` went into `recall`. With a position the client comes back to a stream that it lost. `within_s` is all
+        `look` is what `recall` gave. With a position the client comes back to a stream that it lost. `within_s` is all
         the time that its client has; to keep it is the caller's.
 
         Raises:
             StreamLost: its stream is gone, and generating again would not give the same.
             DeadlineUnreachable: it would have to be generated, and that would take longer.
         """
-        timings = Timings(cache_s=looked_s)
+        timings = Timings(cache_s=look.seconds)
         if position is not None:
             owners = self._owned_by(call.caller)
             async with self.flights.resume(position, owners, here_alone=plan.is_shared) as seat:
@@ -422,7 +439,7 @@ class Service:
             self.admission.check_deadline(call, plan.serving.weights.max_model_len, within_s)
         with self.flights.board(
             ticket,
-            lambda flight: self._flown(call, plan, flight),
+            lambda flight: self._flown(call, plan, flight, look),
             is_streaming=call.is_streaming,
             position=position,
         ) as seat:
@@ -464,7 +481,7 @@ class Service:
 
     async def _alone(self, call: Call, plan: Plan) -> Reply:
         """A body generated for this call by itself. Raises AppError."""
-        async with self.aboard(call, replace(plan, slot=None), looked_s=0.0) as boarding:
+        async with self.aboard(call, replace(plan, slot=None), look=Look()) as boarding:
             return await boarding.reply()
 
     def _ticket(self, call: Call, plan: Plan) -> Ticket:
@@ -496,14 +513,14 @@ class Service:
 
     # 4, 5, 6 -------------------------------------------------------------------------------------
 
-    async def _flown(self, call: Call, plan: Plan, flight: Flight) -> AsyncGenerator[bytes, None]:
+    async def _flown(self, call: Call, plan: Plan, flight: Flight, look: Look) -> AsyncGenerator[bytes, None]:
         """What everybody aboard gets: the engine's events, usage and all, or its one body; recorded on the way.
 
         Raises:
             AppError: refused or broken. Cancelling frees the engine.
         """
-        standing = None
-        if flight.ticket.is_shared:  # it may have landed between the look and the boarding
+        standing = look.standing
+        if flight.ticket.is_shared and not self._still_holds(look, plan):
             held, standing = await self._find(plan)
             age = age_s(held.recording) if held is not None else 0.0
             if held is not None and self._stale_s(plan, age) <= 0 and plan.directives.accepts(age):
@@ -519,6 +536,10 @@ class Service:
             if flight.ticket.is_shared and not flight.said:
                 self._refusals.remember(f"{flight.ticket.key} {flight.is_stream}", error)
             raise
+
+    def _still_holds(self, look: Look, plan: Plan) -> bool:
+        """Whether nothing can have landed in this plan's place since that look: where only this process records."""
+        return self.flights.is_alone and look.slot == plan.slot and look.kept == self.store.kept
 
     async def _generated(
         self, call: Call, plan: Plan, flight: Flight, standing: Recording | None

@@ -36,7 +36,7 @@ from app.ledger.record import Record
 from app.observe import logs, metrics
 from app.observe.bounded import Recent
 from app.observe.traces import span
-from app.service import Boarding, Plan, Service
+from app.service import Boarding, Look, Plan, Service
 from app.serving import Catalog
 from app.settings import Settings, listed
 
@@ -125,20 +125,17 @@ class AnswerRoute:
             charged = Charged(self._quotas, self._settings, call, plan, told)
         if charged is not None or told:
             send = telling(send, told if charged is None else charged.told)
-        looking = time.perf_counter()
         with span("cache"):
-            reply = await self._service.recall(call, plan) if came_back is None else None
-        if reply is not None:
-            status, timings = reply.cache, reply.answer.timings
+            found = await self._service.recall(call, plan) if came_back is None else Look()
+        if isinstance(found, Reply):
+            status, timings = found.cache, found.answer.timings
             if charged is not None:
-                await charged.replayed(reply)
-            record.note_answer(status.value, reply.weights, timings)
-            await _send(reply, send)
+                await charged.replayed(found)
+            record.note_answer(status.value, found.weights, timings)
+            await _send(found, send)
         else:
             within_s = time_left(headers.get(b"x-request-timeout"), self._settings, time.perf_counter() - began)
-            aboard = self._service.aboard(
-                call, plan, looked_s=time.perf_counter() - looking, position=came_back, within_s=within_s
-            )
+            aboard = self._service.aboard(call, plan, look=found, position=came_back, within_s=within_s)
             aboard = aboard if charged is None else charged.aboard(aboard)
             status, timings = await answer_aboard(
                 aboard, call.endpoint, self._settings, receive, send, record, within_s

@@ -57,6 +57,7 @@ class Store:
     """The recordings that this server, and every other on the same Redis, has kept."""
 
     def __init__(self, settings: Settings, link: Link) -> None:
+        self.kept = 0
         self._settings = settings
         self._namespace = settings.redis_namespace
         self.link = link
@@ -115,6 +116,7 @@ class Store:
         except (RedisDown, ResponseError):
             metrics.cache_errors.labels("not_written").inc()
             return False
+        self.kept += 1
         return True
 
     async def tallies(self) -> list[Tally]:

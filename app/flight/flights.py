@@ -51,7 +51,7 @@ class Flights:
 
     def __init__(self, settings: Settings, link: Link, url: str, *, is_alone: bool) -> None:
         self._settings = settings
-        self._is_alone = is_alone
+        self.is_alone = is_alone
         self._script = Script(Seal(Purpose.LIVE, settings.cache_secrets, encrypts=settings.cache_encrypt))
         self._leases = Leases(settings, link)
         self.claims = Claims(settings, self._leases)
@@ -199,7 +199,7 @@ class Flights:
             self._landed(flight)
 
     async def _fly(self, flight: Flight, takeoff: Takeoff) -> None:
-        if self._is_alone or not _is_published(flight.ticket):
+        if self.is_alone or not _is_published(flight.ticket):
             await self._lead(flight, takeoff, None)
             return
         try:
@@ -315,7 +315,7 @@ class Flights:
 
     async def _found_elsewhere(self, uid: str) -> Flight | None:
         """A flight of another process by its uid, followed from its first event; None where there is none."""
-        if self._is_alone:
+        if self.is_alone:
             return None
         flight = Flight(Ticket("", Endpoint.CHAT, "", "", True, True, True), uid, True)
         log_book = LogBook(flight)
