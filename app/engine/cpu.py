@@ -46,7 +46,7 @@ def computes_in_core(settings: Settings) -> bool:
     computes. That is right for a large machine, whose memory has several nodes, and a waste on a small one. Weights
     that are spread over processes need those.
     """
-    return settings.devices_per_rank == 1 and len(os.sched_getaffinity(0)) <= SMALL_MACHINE_CORES
+    return settings.devices_per_rank == 1 and len(_cores()) <= SMALL_MACHINE_CORES
 
 
 def compiles(settings: Settings) -> bool:
@@ -66,13 +66,13 @@ def environment(settings: Settings) -> dict[str, str]:
     if computes_in_core(settings):
         wanted |= {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # allows the executor in the core; the core stays a process
-            "OMP_NUM_THREADS": str(settings.cpu_threads or len(os.sched_getaffinity(0))),
+            "OMP_NUM_THREADS": str(settings.cpu_threads or len(_cores())),
             # Threads meet at a barrier some 300 times per token. Waiting there they spin for ever by default, and
             # a thread that the HTTP process has pushed off its core keeps the other one spinning: 22 tokens/s become
             # 1 to 4. A short spin, then sleep, keeps most of the speed of a quiet machine and all of a busy one's.
             "GOMP_SPINCOUNT": "1000",
         }
-    elif settings.devices_per_rank > 1 and len(cores := sorted(os.sched_getaffinity(0))) <= SMALL_MACHINE_CORES:
+    elif settings.devices_per_rank > 1 and len(cores := _cores()) <= SMALL_MACHINE_CORES:
         # vLLM would give each worker a memory node of its own, and a small machine has one: its cores are divided.
         workers = [cores[first :: settings.devices_per_rank] for first in range(settings.devices_per_rank)]
         wanted["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, each or cores)) for each in workers)
@@ -94,6 +94,11 @@ def dtype(settings: Settings, weights: Path) -> str:
         return settings.dtype
     as_float32 = 2 * sum(file.stat().st_size for file in weights.glob("*.safetensors"))
     return "float32" if as_float32 < psutil.virtual_memory().total * FLOAT32_SHARE else settings.dtype
+
+
+def _cores() -> list[int]:
+    """Those that this process may run on."""
+    return sorted(os.sched_getaffinity(0))
 
 
 def _has_bfloat16() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections import Counter
 from collections.abc import Callable
@@ -24,7 +25,14 @@ def said(response) -> str:
     return response.json()["choices"][0]["message"]["content"]
 
 
-def test_a_longer_answer_serves_smaller_limits_cut_at_the_token(server: Running) -> None:
+@pytest.fixture(params=["a shared redis", "its own redis"])
+def either(request: pytest.FixtureRequest, serve: Callable[..., Running]) -> Running:
+    """Where nobody else records, a miss is looked for once."""
+    return serve() if request.param == "a shared redis" else serve(None)
+
+
+def test_a_longer_answer_serves_smaller_limits_cut_at_the_token(either: Running) -> None:
+    server = either
     whole = said(post(server, chat(max_tokens=12)))
     cut = post(server, chat(max_tokens=5))
     assert cut.headers["x-cache"] == "hit"
@@ -51,8 +59,26 @@ def test_messages_are_cut_too_in_either_form(server: Running) -> None:
     assert kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
 
 
-def test_what_cannot_be_cut_is_kept_beside_and_both_stay_hits(server: Running) -> None:
+def test_a_miss_is_looked_for_once_where_nobody_else_records(serve: Callable[..., Running]) -> None:
+    running = serve(None)
+    link = running.app.state.service.store.link
+
+    def looks() -> int:
+        asked = asyncio.run_coroutine_threadsafe(
+            link.ask(lambda redis: redis.info("commandstats")), running.engine.loop
+        )
+        return int(asked.result(30)["cmdstat_mget"]["calls"])
+
+    post(running, chat("first"))
+    before = looks()
+    assert post(running, chat("second")).headers["x-cache"] == "miss"
+    assert looks() == before + 1
+    assert post(running, chat("second")).headers["x-cache"] == "hit"
+
+
+def test_what_cannot_be_cut_is_kept_beside_and_both_stay_hits(either: Running) -> None:
     """A tool call cut short is none; so each limit has an answer of its own, and neither drives the other out."""
+    server = either
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
     one, other = chat(max_tokens=5, tools=[tool]), chat(max_tokens=9, tools=[tool])
     assert [post(server, body).headers["x-cache"] for body in (one, other)] == ["miss", "miss"]
