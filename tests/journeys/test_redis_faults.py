@@ -85,7 +85,8 @@ def test_a_stopped_redis_costs_a_moment_and_comes_back_by_itself(
     with load(warm, right):
         own_redis.send(signal.SIGSTOP)
         until(lambda: gauge(warm, "refrain_redis_up ") == 0)
-        assert answer(warm, PROMPTS[0]) == ("miss", right[PROMPTS[0]])
+        status, text = answer(warm, PROMPTS[0])
+        assert (status in ("miss", "shared"), text) == (True, right[PROMPTS[0]])  # the load asks for it too
         own_redis.send(signal.SIGCONT)
         until(lambda: gauge(warm, "refrain_redis_up ") == 1)
         until(lambda: answer(warm, PROMPTS[0])[0] == "hit")
