@@ -84,11 +84,13 @@ class Server:
     def pause(self) -> None:
         """It and its children take no processor time until `go_on`."""
         for member in self.family():
-            member.suspend()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.suspend()
 
     def go_on(self) -> None:
         for member in self.family():
-            member.resume()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.resume()
 
     @contextmanager
     def going_on(self) -> Iterator[None]:

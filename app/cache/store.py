@@ -54,7 +54,7 @@ class Tally:
 
 
 class Store:
-    """The recordings that this server, and every other on the same Redis, has kept."""
+    """The recordings that this server, and every other on the same Redis, has kept; `kept` counts this process's."""
 
     def __init__(self, settings: Settings, link: Link) -> None:
         self.kept = 0

@@ -85,8 +85,9 @@ def test_a_stopped_redis_costs_a_moment_and_comes_back_by_itself(
     with load(warm, right):
         own_redis.send(signal.SIGSTOP)
         until(lambda: gauge(warm, "refrain_redis_up ") == 0)
-        status, text = answer(warm, PROMPTS[0])
-        assert (status in ("miss", "shared"), text) == (True, right[PROMPTS[0]])  # the load asks for it too
+        # The load asks for these too, so one may share what is under way; nobody asks for the other.
+        assert answer(warm, PROMPTS[0]) in (("miss", right[PROMPTS[0]]), ("shared", right[PROMPTS[0]]))
+        assert answer(warm, "asked by nobody else")[0] == "miss"
         own_redis.send(signal.SIGCONT)
         until(lambda: gauge(warm, "refrain_redis_up ") == 1)
         until(lambda: answer(warm, PROMPTS[0])[0] == "hit")
@@ -133,7 +134,6 @@ def test_garbage_in_redis_is_never_served_and_is_healed(
                 client.pipeline().delete(name).rpush(name, "not a string").execute()  # nothing may be recorded between
             until(lambda: all(answer(warm, prompt)[0] == "hit" for prompt in PROMPTS))
     assert gauge(warm, "refrain_cache_errors_total") > before
-    until(lambda: all(answer(warm, prompt)[0] == "hit" for prompt in PROMPTS))
     assert {prompt: answer(warm, prompt) for prompt in PROMPTS} == {
         prompt: ("hit", right[prompt]) for prompt in PROMPTS
     }

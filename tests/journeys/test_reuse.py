@@ -32,16 +32,15 @@ def either(request: pytest.FixtureRequest, serve: Callable[..., Running]) -> Run
 
 
 def test_a_longer_answer_serves_smaller_limits_cut_at_the_token(either: Running) -> None:
-    server = either
-    whole = said(post(server, chat(max_tokens=12)))
-    cut = post(server, chat(max_tokens=5))
+    whole = said(post(either, chat(max_tokens=12)))
+    cut = post(either, chat(max_tokens=5))
     assert cut.headers["x-cache"] == "hit"
     assert said(cut) == "".join(f"{word} " for word in whole.split()[:5])
     assert cut.json()["usage"]["completion_tokens"] == 5
     assert cut.json()["choices"][0]["finish_reason"] == "length"
-    assert post(server, chat(max_completion_tokens=5)).headers["x-cache"] == "hit"
-    assert post(server, chat(max_tokens=13)).headers["x-cache"] == "miss", "it did not end by itself"
-    assert post(server, chat(max_tokens=12)).headers["x-cache"] == "hit", "and the longer one serves them all"
+    assert post(either, chat(max_completion_tokens=5)).headers["x-cache"] == "hit"
+    assert post(either, chat(max_tokens=13)).headers["x-cache"] == "miss", "it did not end by itself"
+    assert post(either, chat(max_tokens=12)).headers["x-cache"] == "hit", "and the longer one serves them all"
 
 
 def test_messages_are_cut_too_in_either_form(server: Running) -> None:
@@ -78,11 +77,10 @@ def test_a_miss_is_looked_for_once_where_nobody_else_records(serve: Callable[...
 
 def test_what_cannot_be_cut_is_kept_beside_and_both_stay_hits(either: Running) -> None:
     """A tool call cut short is none; so each limit has an answer of its own, and neither drives the other out."""
-    server = either
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
     one, other = chat(max_tokens=5, tools=[tool]), chat(max_tokens=9, tools=[tool])
-    assert [post(server, body).headers["x-cache"] for body in (one, other)] == ["miss", "miss"]
-    assert [post(server, body).headers["x-cache"] for body in (one, other, one)] == ["hit"] * 3
+    assert [post(either, body).headers["x-cache"] for body in (one, other)] == ["miss", "miss"]
+    assert [post(either, body).headers["x-cache"] for body in (one, other, one)] == ["hit"] * 3
 
 
 def test_no_cache_refreshes_what_a_family_serves(server: Running) -> None:
