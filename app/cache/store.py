@@ -154,7 +154,8 @@ class Store:
         while True:
             at = cursor
             if self._settings.redis_cluster:
-                async for name in self.link.client.scan_iter(match=pattern, count=SCAN_COUNT):
+                found = self.link.client.scan_iter(match=pattern, count=SCAN_COUNT)
+                while (name := await self.link.ask(_next(found))) is not None:
                     yield name.decode()
                 return
             cursor, names = await self.link.ask(_scan(at, pattern))
@@ -267,6 +268,10 @@ def jittered(ttl_s: float) -> float:
 
 def _scan(cursor: object, pattern: str) -> Callable[[Any], Awaitable[Any]]:
     return lambda redis: redis.scan(cursor, match=pattern, count=SCAN_COUNT)
+
+
+def _next(names: AsyncIterator[bytes]) -> Callable[[Any], Awaitable[bytes | None]]:
+    return lambda _: anext(names, None)
 
 
 def _unlink(name: str) -> Callable[[Any], Awaitable[Any]]:

@@ -48,7 +48,8 @@ class Tracking:
         while True:
             try:
                 async with self._link.connection() as connection:
-                    await self._subscribe(connection)
+                    async with self._link.deadline():
+                        await self._subscribe(connection)
                     if forgetting:
                         forgetting.cancel()
                     self._near.open()

@@ -119,8 +119,8 @@ class Reader:
     def __init__(self, settings: Settings, link: Link, url: str, script: Script) -> None:
         self._namespace = settings.redis_namespace
         self._one_by_one = settings.redis_cluster  # in a Cluster the keys of one command must share a slot
-        patient = settings.model_copy(update={"redis_timeout_s": settings.redis_timeout_s + BLOCK_MS / 1000 + 0.5})
-        self._open_client: Callable[[], Any] = lambda: client(patient, url)
+        patience_s = settings.redis_timeout_s + BLOCK_MS / 1000 + 0.5
+        self._open_client: Callable[[], Any] = lambda: client(settings, url, patience_s)
         self._client: Any = None
         self._link = link
         self._script = script

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator
+import signal
+import time
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis.exceptions
+import uvloop
 
 from app.cache.link import Link, ended
 from app.cache.recording import Recording
@@ -115,6 +118,40 @@ async def test_a_task_that_loses_a_cancellation_is_ended_all_the_same() -> None:
     async with asyncio.timeout(20):
         await ended(task)
     assert task.cancelled()
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_a_loop_that_was_busy_does_not_take_a_healthy_server_for_a_dead_one(
+    tmp_path: Path, own_redis: RedisServer, loop: Callable[[], asyncio.AbstractEventLoop], is_stopped: bool
+) -> None:
+    """Each time the loop comes round it is held up for longer than Redis may take altogether."""
+    within_s = 0.04
+    if is_stopped:
+        own_redis.send(signal.SIGSTOP)
+
+    async def busy() -> None:
+        while True:
+            time.sleep(within_s * 1.5)  # that is what is tried
+            await asyncio.sleep(0)
+
+    async def ask() -> bool:
+        link = Link(make_settings(tmp_path, own_redis, redis_timeout_s=within_s), own_redis.url)
+        hog = asyncio.create_task(busy())
+        try:
+            async with asyncio.TaskGroup() as group:
+                for number in range(20):
+                    group.create_task(link.ask(lambda client, number=number: client.set("name", number)))
+        except* RedisDown:
+            assert not link.is_up
+        finally:
+            hog.cancel()
+        is_up = link.is_up
+        await link.close()
+        return is_up
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        assert runner.run(ask()) is not is_stopped
 
 
 async def test_a_server_that_refuses_every_client_is_down(tmp_path: Path) -> None:

@@ -136,21 +136,23 @@ async def enters(counting: Quotas, asks: Caller, most: Usage = Usage(0, 10)) -> 
 async def test_a_call_whose_process_died_lapses_and_one_that_runs_does_not(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quotas, "LEASE_S", 0.6)
-    asks = caller(concurrency=1, budget=tokens(100))
+    monkeypatch.setattr(quotas, "LEASE_S", 3.0)  # said again after one second: this machine may stand still for two
+    runs, died = (
+        Caller("shop", ident, limits=Limits(concurrency=1, budget=tokens(100))) for ident in ("key_1", "key_2")
+    )
     async with opened(settings) as alive, opened(settings) as other:
-        async with alive.reserved(asks, Usage(0, 100)):
-            await asyncio.sleep(1.5)  # more than two leases: it is renewed
-            assert not await enters(other, asks)
-        async with alive.reserved(asks, Usage(0, 100)) as hold:
-            monkeypatch.setattr(alive, "_renew", asyncio.Event().wait)  # says nothing any more, as if it had died
-            assert not await enters(other, asks)
-            await asyncio.sleep(0.8)
-            assert await enters(other, asks)
-            hold.took = Usage(0, 70)
+        async with opened(settings) as dead:
+            monkeypatch.setattr(dead, "_renew", asyncio.Event().wait)  # says nothing any more, as if it had died
+            async with alive.reserved(runs, Usage(0, 100)), dead.reserved(died, Usage(0, 100)) as hold:
+                assert not await enters(other, runs)
+                assert not await enters(other, died)
+                await asyncio.sleep(3.5)
+                assert not await enters(other, runs)
+                assert await enters(other, died)
+                hold.took = Usage(0, 70)
         # It was only paused, and settles after all, once.
-        assert not await enters(other, asks, Usage(0, 31))
-        assert await enters(other, asks, Usage(0, 30))
+        assert not await enters(other, died, Usage(0, 31))
+        assert await enters(other, died, Usage(0, 30))
 
 
 async def test_no_clock_but_rediss_counts(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,9 +197,9 @@ async def test_a_settlement_that_redis_did_not_hear_is_made_later_and_once(
         async with counting.reserved(asks, Usage(0, 100)) as hold:
             hold.took = Usage(0, 70)
             own_redis.send(signal.SIGSTOP)
-        await asyncio.sleep(1.0)  # the settlement timed out; Redis finds it on its socket all the same
+        await asyncio.to_thread(until, lambda: counting._unsettled)  # Redis finds it on its socket all the same
         own_redis.send(signal.SIGCONT)
-        await asyncio.sleep(1.5)
+        await asyncio.to_thread(until, lambda: not counting._unsettled)
         assert not await enters(counting, asks, Usage(0, 31))
         assert await enters(counting, asks, Usage(0, 30))
 
