@@ -7,6 +7,8 @@ SET_UP := $(PYTHON) deploy/install.py --quiet --device $(DEVICE)
 BIN := .venv/bin
 # HOST counts only on the command line: some shells and toolchains export a HOST that is no address.
 HOST_GIVEN := $(if $(findstring command line,$(origin HOST)),$(HOST))
+# Images and shells often forbid byte code. Without it every process compiles all that it imports: of vLLM, 6 s.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test check audit fix bench finetune clean lock

@@ -390,8 +390,11 @@ def run(command: list[str], log: TextIO, lock_fd: int, tick: Callable[[], None])
 
 
 def environment() -> dict[str, str]:
-    """Ours, less what would point the tools at another Python, plus uv's habits made to match pip's."""
-    hidden = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "CONDA_PREFIX", "UV_PYTHON")
+    """Ours, less what would point the tools at another Python, plus uv's habits made to match pip's.
+
+    One of pip's is to write byte code into what it installs, whatever PYTHONDONTWRITEBYTECODE says of everything else.
+    """
+    hidden = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "CONDA_PREFIX", "UV_PYTHON", "PYTHONDONTWRITEBYTECODE")
     env = {name: value for name, value in os.environ.items() if name not in hidden}
     if "PIP_CERT" in env:
         env.setdefault("SSL_CERT_FILE", env["PIP_CERT"])

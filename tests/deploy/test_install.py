@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -269,3 +270,17 @@ def test_uv_trusts_the_certificates_that_pip_trusts(install: ModuleType, monkeyp
     seen = install.environment()
     assert (seen["SSL_CERT_FILE"], seen["UV_SYSTEM_CERTS"]) == ("/etc/corporate.pem", "1")
     assert "PYTHONPATH" not in seen
+
+
+def test_byte_code_is_written_once_whatever_the_shell_says(
+    install: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Without it each start of the server compiles vLLM's modules again, in two processes, for seconds."""
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    (tmp_path / "module.py").write_text("")
+    subprocess.run([sys.executable, "-c", "import module"], cwd=tmp_path, env=install.environment(), check=True)
+    assert list(tmp_path.glob("__pycache__/module.*.pyc"))
+    echo = "include Makefile\nsays:\n\t@echo [$$PYTHONDONTWRITEBYTECODE]\n"
+    make = [str(shutil.which("make")), "-f-", "says"]
+    said = subprocess.run(make, cwd=ROOT, input=echo, capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "[]"
