@@ -5,6 +5,7 @@ The scripted engine stands in wherever a test is not about the model. A missing 
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import secrets
@@ -235,6 +236,10 @@ _engine_server: list[Future[Process]] = []
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
+    # As a server does when it is ready: looking through all that was imported would hold up those in this process for
+    # up to a second on a busy machine, and cost them their leases.
+    gc.collect()
+    gc.freeze()
     is_needed = any("engine_server" in getattr(item, "fixturenames", ()) for item in session.items)
     if is_needed and not session.config.getoption("collectonly"):
         TEST_HOME.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,7 @@ BOT = "bot"
 BY_SESSION = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
 _QUICK = {
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.2",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # on a busy machine it takes longer than the 5 s that it is given
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_enable_metrics_collection": "0",
 }

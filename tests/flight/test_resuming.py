@@ -103,21 +103,12 @@ def test_two_hundred_streams_cut_at_random_are_whole_after_resuming_elsewhere(tw
         here, there = two if number % 2 else two[::-1]
         body = chat(f"stream {number}", temperature=number % 3, max_tokens=20)
         first = cut(here.url, CHAT, body, chance.randint(1, 20))
-        second = list(events(rest(there.url, first[-1][0])))
-        uncut = list(events(rest(here.url, position(first[0][0]).stream_id)))
-        if first + second != uncut:
-            print(
-                number,
-                len(first),
-                len(second),
-                len(uncut),
-                first[-1],
-                second[:1],
-                uncut[len(first)],
-                second[-1],
-                uncut[-1],
-            )
-        return first + second == uncut and uncut[-1][1] == b"data: [DONE]"
+        answers = rest(there.url, first[-1][0]), rest(here.url, position(first[0][0]).stream_id)
+        second, uncut = (list(events(answer)) for answer in answers)
+        is_whole = first + second == uncut and uncut[-1][1] == b"data: [DONE]"
+        if not is_whole:
+            print(number, first, *(f"{answer.status_code}: {answer.text}" for answer in answers), sep="\n")
+        return is_whole
 
     with ThreadPoolExecutor(16) as pool:
         assert sum(pool.map(one, range(200))) == 200
