@@ -10,7 +10,6 @@ import os
 import re
 import secrets
 import signal
-import ssl
 import subprocess
 import sys
 import threading
@@ -35,8 +34,6 @@ from app.swap import Sources
 
 REPOSITORY = Path(__file__).parents[1]
 MODEL = "scripted"
-# Made once: reading the machine's certificates for every client would be most of many a test.
-NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 # The default model is prepared once and kept between runs; `make clean` removes it.
 TEST_HOME = REPOSITORY / ".cache" / "refrain"
 
@@ -131,7 +128,7 @@ class Running:
     thread: threading.Thread = field(repr=False)
 
     def client(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=30, verify=NO_TLS, **options)
+        return httpx.Client(base_url=self.url, timeout=30, **options)
 
     def stop(self) -> None:
         self.server.should_exit = True
@@ -197,12 +194,10 @@ class Process:
     log: Path
 
     def client(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=120, verify=NO_TLS, **options)
+        return httpx.Client(base_url=self.url, timeout=120, **options)
 
     def wait_ready(self, timeout_s: float = 300) -> None:
-        until(
-            lambda: self.alive() and httpx.get(f"{self.url}/readyz", verify=NO_TLS).status_code == 200, timeout_s, 0.2
-        )
+        until(lambda: self.alive() and httpx.get(f"{self.url}/readyz").status_code == 200, timeout_s, 0.2)
 
     def alive(self) -> bool:
         assert self.process.poll() is None, f"the server ended:\n{self.log.read_text()[-3000:]}"
