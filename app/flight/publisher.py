@@ -16,7 +16,8 @@ from app.settings import Settings
 
 log = logging.getLogger(__name__)
 
-# Followers on other servers see text this much later at most; in between, events are collected into one write.
+# Followers on other servers see text this much later at most; in between, events are collected into one write. The end
+# is written at once: until then whoever asks shares the flight, also after a purge of what it recorded.
 PUBLISH_GAP_S = 0.05
 # How long the end of a flight may take to be written; a lease that is not ended expires.
 CLOSE_S = 2.0
@@ -33,7 +34,7 @@ class Publisher:
         self._resume_ms = int(max(settings.stream_resume_s, settings.flight_lease_s) * 1000)
         self._number = 0
         self._said: list[bytes] = []
-        self._ended = False
+        self._ended = asyncio.Event()
         self._news = asyncio.Event()
         ticket = flight.ticket
         about = About(ticket.key, ticket.endpoint.value, ticket.owner, ticket.weights, ticket.is_stream)
@@ -61,7 +62,7 @@ class Publisher:
 
     async def end(self, last: Callable[[], bytes]) -> None:
         """Write what is left, and the last entry."""
-        self._ended = True
+        self._ended.set()
         self._news.set()
         try:
             async with asyncio.timeout(CLOSE_S):
@@ -80,14 +81,15 @@ class Publisher:
     async def _write_on(self) -> None:
         try:
             await self._write(self._opening())
-            while not (self._ended and not self._said):
+            while not (self._ended.is_set() and not self._said):
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(self._lease.beat_s):
                         await self._news.wait()
                 self._news.clear()
                 await self._write(self._collected())
-                if not self._ended:
-                    await asyncio.sleep(PUBLISH_GAP_S)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(PUBLISH_GAP_S):
+                        await self._ended.wait()
         except LeaseLost:
             self._lost()
 

@@ -159,6 +159,7 @@ def hot(serve: Callable[..., Running], own_redis: RedisServer) -> Iterator[tuple
     _, key = ask(running)
     until(lambda: ask(running)[0] == "hit" and is_held(running, key))
     with redis.Redis.from_url(own_redis.url) as client:
+        until(lambda: not list(client.scan_iter("*:flight:*:lease")))  # until then the flight may be shared
         yield running, client, key
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import random
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
@@ -40,16 +42,19 @@ class Cluster:
 
 
 def free_ports(count: int) -> list[int]:
-    """Free now, and so is the port 10,000 above, on which the nodes of a cluster talk."""
+    """Free now, and so is the port 10,000 above, on which the nodes of a cluster talk.
+
+    Both are below those that the system gives to connections, of which these tests make many.
+    """
     found: list[int] = []
-    while len(found) < count:
-        with socket.socket() as probe, socket.socket() as bus:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-            if port + 10_000 < 65_536:
-                bus.bind(("127.0.0.1", port + 10_000))
-                found.append(port)
-    return found
+    for port in random.sample(range(20_000, 22_000), 2_000):
+        with contextlib.suppress(OSError), socket.socket() as probe, socket.socket() as bus:
+            probe.bind(("127.0.0.1", port))
+            bus.bind(("127.0.0.1", port + 10_000))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise AssertionError("no ports are free")
 
 
 @pytest.fixture(scope="module")
@@ -63,17 +68,19 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         options[options.index("--save") + 1 : options.index("--save") + 1] = [""]
         command = [str(get_binary_path()), *options]
         made.processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
-    nodes = made.nodes()
-    until(lambda: all(_answers(node) for node in nodes))
-    for number, node in enumerate(nodes):
-        first, last = SLOTS * number // NODES, SLOTS * (number + 1) // NODES - 1
-        node.execute_command("CLUSTER", "ADDSLOTSRANGE", first, last)
-        nodes[0].execute_command("CLUSTER", "MEET", "127.0.0.1", made.ports[number])
-    until(lambda: all(_is_whole(node) for node in nodes))
-    yield made
-    for process in made.processes:
-        process.kill()
-        process.wait()
+    try:
+        nodes = made.nodes()
+        until(lambda: all(_answers(node) for node in nodes))
+        for number, node in enumerate(nodes):
+            first, last = SLOTS * number // NODES, SLOTS * (number + 1) // NODES - 1
+            node.execute_command("CLUSTER", "ADDSLOTSRANGE", first, last)
+            nodes[0].execute_command("CLUSTER", "MEET", "127.0.0.1", made.ports[number])
+        until(lambda: all(_is_whole(node) for node in nodes))
+        yield made
+    finally:
+        for process in made.processes:
+            process.kill()
+            process.wait()
 
 
 def _answers(node: redis.Redis) -> bool:

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import redis
 
 from app.engine import Phase
 from app.errors import AppError, EngineDown, EngineFailed, QueueFull, QueueShareUsed
+from app.flight import publisher
 from app.gate.keys import KeyFile
 from tests.conftest import RedisServer, Running, chat, start_process, until
 from tests.flight.asking import CHAT, Asking, on_loop, script_of
@@ -362,3 +364,19 @@ def test_the_shared_path_is_seen_in_the_metrics(serve: Callable[..., Running]) -
         found = client.get("/metrics").text
     assert 'refrain_flight_boardings_total{role="leader"}' in found
     assert CHAT
+
+
+def test_a_flight_that_is_over_is_not_shared_any_longer(
+    serve: Callable[..., Running], own_redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its end is not held back with other events: who asks after a purge would be given what was purged."""
+    monkeypatch.setattr(publisher, "PUBLISH_GAP_S", 60.0)
+    running = serve(own_redis, is_driven=True, flight_lease_s=60.0)
+    leader, script = Asking(running.url, chat(stream=True)), script_of(running)
+    with redis.Redis.from_url(own_redis.url) as client:
+        until(lambda: list(client.scan_iter("*:flight:*:lease")))
+        on_loop(running, script.say, WORDS[0])
+        until(lambda: leader.text == WORDS[0])
+        on_loop(running, script.finish)
+        leader.done()
+        until(lambda: not list(client.scan_iter("*:flight:*:lease")), 20)
