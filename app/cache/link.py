@@ -66,12 +66,13 @@ class Deadline:
 
     It passes in `PARTS`, each begun when the loop comes round after the one before. So a loop that was held up for a
     second, by a burst of calls or by a machine that stood still, takes a healthy server for a dead one no more; one
-    that has nothing to do waits exactly `seconds`. Raises TimeoutError in the task that entered it.
+    that has nothing to do waits `seconds`, never less. Raises TimeoutError in the task that entered it.
     """
 
-    __slots__ = ("_left", "_loop", "_part_s", "_timer", "_within")
+    __slots__ = ("_due", "_left", "_loop", "_part_s", "_seconds", "_timer", "_within")
 
     def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
         self._part_s = seconds / PARTS
         self._left = PARTS
         self._within = asyncio.timeout(None)
@@ -79,11 +80,12 @@ class Deadline:
     async def __aenter__(self) -> None:
         await self._within.__aenter__()
         self._loop = asyncio.get_running_loop()
+        self._due = self._loop.time() + self._seconds
         self._timer = self._loop.call_later(self._part_s, self._passed)
 
     def _passed(self) -> None:
         self._left -= 1
-        if self._left:
+        if self._left > 0 or self._loop.time() < self._due:  # uvloop rounds a part to milliseconds, also to none
             self._timer = self._loop.call_later(self._part_s, self._passed)
         else:
             self._within.reschedule(self._loop.time())

@@ -14,7 +14,7 @@ import pytest
 import redis.exceptions
 import uvloop
 
-from app.cache.link import Link, ended
+from app.cache.link import Deadline, Link, ended
 from app.cache.recording import Recording
 from app.cache.store import Slot, Store
 from app.domain import Call, Caller, Endpoint, Form
@@ -152,6 +152,21 @@ def test_a_loop_that_was_busy_does_not_take_a_healthy_server_for_a_dead_one(
 
     with asyncio.Runner(loop_factory=loop) as runner:
         assert runner.run(ask()) is not is_stopped
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def test_a_short_deadline_is_not_shorter_than_it_says(loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    """uvloop's timers count in whole milliseconds, and a part of this one has less."""
+
+    async def wait() -> float:
+        began = time.monotonic()
+        with pytest.raises(TimeoutError):
+            async with Deadline(0.018):
+                await asyncio.sleep(60)
+        return time.monotonic() - began
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        assert runner.run(wait()) >= 0.016
 
 
 async def test_a_server_that_refuses_every_client_is_down(tmp_path: Path) -> None:
