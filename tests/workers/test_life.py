@@ -29,6 +29,14 @@ def digest_of(answer: httpx.Response) -> str:
     return digest
 
 
+def is_free(port: int) -> bool:
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError:
+        return False
+    return True
+
+
 def swap_to(house: House, digest: str) -> None:
     house.registry.point(BOT, digest, "test")
     with house.client() as client:
@@ -123,12 +131,13 @@ def test_a_killed_server_leaves_no_worker_and_its_port_is_free(start: Start) -> 
     house = start(REFRAIN_HTTP_WORKERS="2")
     workers = house.workers()
     assert len(workers) == 2
+    port = int(house.url.rpartition(":")[2])
+    assert not is_free(port)
     house.running.process.kill()
     house.running.process.wait()
     for worker in workers:
         until(lambda worker=worker: is_gone(worker), 10)
-    port = int(house.url.rpartition(":")[2])
-    socket.create_server(("127.0.0.1", port)).close()
+    until(lambda: is_free(port), 10)  # a process is a zombie before the last of its threads has let its sockets go
 
 
 def test_what_runs_and_what_has_begun_to_arrive_is_answered_before_the_end(start: Start) -> None:
