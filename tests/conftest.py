@@ -15,9 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -230,33 +228,35 @@ def start_process(home: Path, log: Path, *arguments: str, **environment: str) ->
     return Process(process, until(listening, 300, 0.05), log)
 
 
-# The real thing, once for all tests: default model, vLLM, embedded Redis, every call cached if it may be. It prepares
-# and compiles the model for two minutes on one core; the tests that do without it run meanwhile.
-_engine_server: list[Future[Process]] = []
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
+def pytest_collection_finish() -> None:
     # As a server does when it is ready: looking through all that was imported would hold up those in this process for
     # up to a second on a busy machine, and cost them their leases.
     gc.collect()
     gc.freeze()
-    is_needed = any("engine_server" in getattr(item, "fixturenames", ()) for item in session.items)
-    if is_needed and not session.config.getoption("collectonly"):
-        TEST_HOME.mkdir(parents=True, exist_ok=True)
-        log = TEST_HOME / "engine-server.log"
-        start = partial(start_process, TEST_HOME, log, REFRAIN_RESPONSES_STORE="true")
-        _engine_server.append(ThreadPoolExecutor(1).submit(start))
 
 
-def pytest_sessionfinish() -> None:
-    for starting in _engine_server:
-        if starting.exception() is None:  # else its tests have said so
-            starting.result().stop()
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In one of several processes what needs the real engine, first as it takes longest; in the others by file."""
+    if config.getoption("dist", "no") != "loadgroup":
+        return
+    items.sort(key=needs_engine, reverse=True)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("engine" if needs_engine(item) else str(item.path)))
+
+
+def needs_engine(item: pytest.Item) -> bool:
+    return item.get_closest_marker("engine") is not None
 
 
 @pytest.fixture(scope="session")
 def engine_server() -> Iterator[Process]:
-    running = _engine_server[0].result()
+    """The real thing, once for all tests: default model, vLLM, embedded Redis, every call cached if it may be.
+
+    The first time, it prepares and compiles the model for two minutes on one core.
+    """
+    TEST_HOME.mkdir(parents=True, exist_ok=True)
+    running = start_process(TEST_HOME, TEST_HOME / "engine-server.log", REFRAIN_RESPONSES_STORE="true")
     running.wait_ready()
     yield running
     assert running.stop() == 0
