@@ -236,9 +236,9 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """In one of several processes what needs the real engine, first as it takes longest; in the others by file."""
-    if config.getoption("dist", "no") != "loadgroup":
+    if "PYTEST_XDIST_WORKER" not in os.environ:
         return
     items.sort(key=needs_engine, reverse=True)
     for item in items:
