@@ -27,7 +27,7 @@ serve: ## set up and serve on 127.0.0.1:8000; PORT=, HOST= and MODEL= override
 # Most tests wait for something rather than compute: three processes keep two cores busy. One of them has the engine.
 test: ## set up and run the whole suite; ARGS="-k cache" narrows it
 	@$(SET_UP) --for test
-	@exec $(BIN)/python -m pytest --numprocesses 3 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	@exec $(BIN)/python -m pytest --numprocesses 3 --dist loadfile $(ARGS)
 
 check: ## formatting, lint, types, import map, YAML, Dockerfile; changes nothing
 	@$(SET_UP) --for test

