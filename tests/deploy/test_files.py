@@ -23,7 +23,8 @@ COMPOSE = ["docker/compose.yaml", "docker/compose.gpu.yaml"]
 
 def output(*command: str | Path) -> str:
     """What a tool prints, run in the project's folder; a failure shows all of it."""
-    environment = {**os.environ, "NO_COLOR": "1", "ARGS": ""}  # make may have been given some for these tests
+    of_make = {"ARGS", "MAKEFLAGS", "MFLAGS", "MAKELEVEL"}  # which may have been given some for these tests
+    environment = {name: value for name, value in os.environ.items() if name not in of_make} | {"NO_COLOR": "1"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
