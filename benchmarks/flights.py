@@ -132,13 +132,15 @@ class Fleet:
         process.wait()
 
     async def ready(self, client: httpx.AsyncClient, number: int) -> None:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
+        process, deadline = self._servers[number], time.monotonic() + 60
+        assert process is not None
+        while process.poll() is None and time.monotonic() < deadline:
             with contextlib.suppress(httpx.HTTPError):
-                if (await client.get(f"http://127.0.0.1:{self.ports[number]}/readyz")).status_code == 200:
+                if (await client.get(f"http://127.0.0.1:{self.ports[number]}/readyz", timeout=5)).status_code == 200:
                     return
             await asyncio.sleep(0.1)
-        raise RuntimeError(f"server {number} did not start; see its log")
+        said = (self._directory / f"log{number}").read_text()[-2000:]
+        raise RuntimeError(f"server {number} did not start (exit code {process.poll()}):\n{said}")
 
 
 def body(key: int, *, stream: bool) -> dict[str, Any]:
