@@ -24,10 +24,10 @@ serve: ## set up and serve on 127.0.0.1:8000; PORT=, HOST= and MODEL= override
 	@exec $(BIN)/refrain serve \
 		$(if $(HOST_GIVEN),--host "$(HOST_GIVEN)") $(if $(PORT),--port "$(PORT)") $(if $(MODEL),--model "$(MODEL)")
 
-# Most tests wait for something rather than compute: three processes keep two cores busy. One of them has the engine.
+# Most tests wait for something rather than compute. One of the two processes has those of the real engine.
 test: ## set up and run the whole suite; ARGS="-k cache" narrows it
 	@$(SET_UP) --for test
-	@exec $(BIN)/python -m pytest --numprocesses 3 --dist loadfile $(ARGS)
+	@exec $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 check: ## formatting, lint, types, import map, YAML, Dockerfile; changes nothing
 	@$(SET_UP) --for test

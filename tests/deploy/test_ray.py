@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import threading
@@ -136,28 +137,32 @@ def test_a_replica_killed_under_load_gives_no_wrong_answer_and_its_streams_go_on
 
 
 class Asking:
-    """Calls in turn, each a new one, until it is left; every answer is kept."""
+    """Clients that call in turn, each time for something new, until they are left; every answer is kept."""
 
-    def __init__(self, cluster: Cluster, tokens: int = 4) -> None:
+    def __init__(self, cluster: Cluster, tokens: int = 4, clients: int = 1) -> None:
         self.answers: list[httpx.Response] = []
         self._cluster, self._tokens = cluster, tokens
+        self._numbers = itertools.count()
         self._ends = threading.Event()
-        self._thread = threading.Thread(target=self._ask)
+        self._threads = [threading.Thread(target=self._ask) for _ in range(clients)]
 
     def __enter__(self) -> Asking:
-        self._thread.start()
+        for each in self._threads:
+            each.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ends.set()
-        self._thread.join(60)
+        for each in self._threads:
+            each.join(60)
 
     def _ask(self) -> None:
-        while not self._ends.is_set():
-            asked = body(f"{id(self)} {len(self.answers)}", self._tokens)
-            self.answers.append(
-                httpx.post(f"{self._cluster.url}{CHAT}", json=asked, headers=self._cluster.headers, timeout=60)
-            )
+        # A connection for each call, so that the kernel deals them out to the replicas.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        with httpx.Client(headers=self._cluster.headers, timeout=60, limits=limits) as client:
+            while not self._ends.is_set():
+                asked = body(f"{id(self)} {next(self._numbers)}", self._tokens)
+                self.answers.append(client.post(f"{self._cluster.url}{CHAT}", json=asked))
 
 
 def test_other_weights_come_into_running_replicas_and_no_call_fails(two: Cluster) -> None:
@@ -206,17 +211,13 @@ def test_replicas_are_added_under_load_and_taken_away_after_it_and_no_call_fails
     }
     two.deploy(autoscaling_config=scaling, speed=50.0)
     two.wait_running(1)
-    with ThreadPoolExecutor(8) as pool:
-        askings = [Asking(two, 40) for _ in range(8)]
-        for each in askings:
-            pool.submit(each.__enter__).result()
+    # Each call takes seconds, so that eight run at any moment: a client that is slow to ask again is not less load.
+    with Asking(two, tokens=200, clients=8) as asking:
         two.wait_running(2)
         until(lambda: len(two.replicas()) == 2)
-        for each in askings:
-            pool.submit(each.__exit__)
     two.wait_running(1)
     until(lambda: len(two.replicas()) == 1)
-    assert {answer.status_code for each in askings for answer in each.answers} == {200}
+    assert {answer.status_code for answer in asking.answers} == {200}
 
 
 @pytest.fixture
