@@ -24,7 +24,7 @@ serve: ## set up and serve on 127.0.0.1:8000; PORT=, HOST= and MODEL= override
 	@exec $(BIN)/refrain serve \
 		$(if $(HOST_GIVEN),--host "$(HOST_GIVEN)") $(if $(PORT),--port "$(PORT)") $(if $(MODEL),--model "$(MODEL)")
 
-# Most tests wait for something rather than compute. One of the two processes has those of the real engine.
+# One of the two processes has the tests of the real engine. A third finds no processor left on two cores (benchmarks/LOG.md).
 test: ## set up and run the whole suite; ARGS="-k cache" narrows it
 	@$(SET_UP) --for test
 	@exec $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
