@@ -55,10 +55,12 @@ class Appender:
     def _begin(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         path = self._folder / files.new_name()
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        self._path, self._size = path, 0
+        unlocked = path.with_suffix(".new")  # another process's `tidy` must not find it before it is locked
+        self._fd = os.open(unlocked, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._path, self._size = unlocked, 0
         with contextlib.suppress(OSError):  # a file system without locks: `tidy` cannot lock it either
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._path = unlocked.rename(path)
         files.sync(self._folder)
 
     def _abandon(self) -> None:

@@ -1,6 +1,7 @@
 """The ledger's folder: what its files are called, reading them whatever happened to them, old ones made small, or gone.
 
 ```
+20261125-042310-<host>-<pid>-<random>.new         not locked yet, and empty
 20261125-042310-<host>-<pid>-<random>.jsonl       of one process, which holds a lock on it while it writes
 20261125-042310-<host>-<pid>-<random>.jsonl.zst   the same, compressed once nobody writes it any more
 ```

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -74,6 +75,27 @@ def test_a_full_file_is_followed_by_another_and_so_is_a_day(folder: Path, monkey
     appender.close()
     assert len(list(folder.iterdir())) == 3
     assert ids(folder) == list("abcdef")
+
+
+def test_a_file_that_is_begun_while_another_process_tidies_is_written_to(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = os.open
+
+    def tidied(path: Path, *arguments: int) -> int:
+        fd = begin(path, *arguments)
+        monkeypatch.undo()
+        files.tidy(folder, keep_days=0)  # before it is locked
+        return fd
+
+    appender = Appender(folder, MIB)
+    monkeypatch.setattr(os, "open", tidied)
+    appender.append(line("a"))
+    assert ids(folder) == ["a"]
+    appender.append(line("b"))
+    appender.close()
+    assert ids(folder) == ["a", "b"]
+    assert len(list(folder.iterdir())) == 1
 
 
 def test_what_nobody_writes_any_more_is_compressed_and_what_is_old_is_removed(folder: Path) -> None:
