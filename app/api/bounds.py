@@ -108,6 +108,11 @@ class BoundedProtocol(HttpToolsProtocol):
         """Whether a request has begun to come and is not all there."""
         return self._message_since is not None
 
+    @property
+    def is_held(self) -> bool:
+        """Whether a request is kept from the app for now, which then has its own limits."""
+        return False
+
     def message_is_complete(self) -> None:
         self._message_since, self._has_ended = None, True
         if self.cycle is not None and self.cycle.response_complete:  # it was answered before it was all there
@@ -145,7 +150,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if _is_past(self._stalled_since, now, bounds.write_s):
             metrics.cut_off.labels("write").inc()
             self.transport.abort()  # to close it would wait for the client to read
-        elif self.cycle is not None and not self.cycle.response_complete:
+        elif self.is_held or (self.cycle is not None and not self.cycle.response_complete):
             return  # the app has its own limits
         elif _is_past(self._head_since, now, bounds.header_s):
             metrics.cut_off.labels("head").inc()

@@ -144,6 +144,10 @@ class HotProtocol(CorkedProtocol):
         elif tries:
             self.loop.call_later(_TRY_S, self._give_away, tries - 1)
 
+    @property
+    def is_held(self) -> bool:
+        return self._held is not None
+
     def send_400_response(self, msg: str) -> None:
         self._let_go()
         super().send_400_response(msg)

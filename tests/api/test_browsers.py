@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import httpx
 import pytest
 
 from app.gate.keys import KeyFile
@@ -99,10 +98,9 @@ NOT_FOR_PAGES = {"x-content-type-options", "x-accel-buffering"}
 
 def test_with_keys_an_origin_alone_opens_and_closes_nothing(serve: Callable[..., Running], tmp_path) -> None:
     secret, _ = KeyFile(tmp_path / "keys.json").create("acme")
-    server = serve()
-    url = server.url + PATH
     page = {"origin": EVIL, "host": "llm.example.com"}
-    assert httpx.post(url, json=chat(), headers=page).status_code == 401
-    with_key = httpx.post(url, json=chat(), headers=page | {"authorization": f"Bearer {secret}"})
+    with serve().client(headers=page) as client:
+        assert client.post(PATH, json=chat()).status_code == 401
+        with_key = client.post(PATH, json=chat(), headers={"authorization": f"Bearer {secret}"})
     assert with_key.status_code == 200
     assert "access-control-allow-origin" not in with_key.headers

@@ -545,7 +545,8 @@ def test_every_response_has_one_request_id_and_no_two_the_same(server: Running) 
 def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     """The server as it is really run, with its own HTTP protocol class."""
     directory = tmp_path_factory.mktemp("p")
-    running = start_process(directory / "home", directory / "log", REFRAIN_ENGINE="scripted")
+    slow = {"REFRAIN_ENGINE": "scripted", "REFRAIN_SCRIPTED_TOKENS_PER_S": "20"}
+    running = start_process(directory / "home", directory / "log", **slow)
     yield running
     assert running.stop() == 0
 
@@ -571,11 +572,13 @@ def test_what_is_not_http_gets_the_shape_too(process: Process, sent: bytes) -> N
         assert_canonical_error(response, 400, "invalid_http", "invalid_request_error")
         assert OUR_ID.fullmatch(response.headers["x-request-id"])
         assert connection.is_closed()
-    assert httpx.get(f"{process.url}/healthz").status_code == 200
+    with process.client() as client:
+        assert client.get("/healthz").status_code == 200
 
 
 def test_nonsense_behind_a_good_request_does_not_land_in_its_answer(process: Process) -> None:
-    body = json.dumps(chat("slow", max_tokens=64, stream=True)).encode()
+    # It takes the engine 25 s, so that it is not over when the nonsense comes.
+    body = json.dumps(chat("slow", max_tokens=512, stream=True)).encode()
     head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     with raw(process) as connection:
         connection.socket.sendall(head.encode() + body)

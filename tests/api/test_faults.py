@@ -41,7 +41,9 @@ async def heard_of(way: str, status: int, content: bytes, length: int | None = N
     """How a call ends that is answered with these bytes."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
+        head = await reader.readuntil(b"\r\n\r\n")
+        # Whoever has sent something that nobody read hears that the connection broke, and may lose what was said.
+        await reader.readexactly(int(head.lower().partition(b"content-length: ")[2].split()[0]))
         kind = "text/event-stream" if status == 200 else "application/json"
         head = f"HTTP/1.1 {status} x\r\ncontent-type: {kind}\r\ncontent-length: {length or len(content)}\r\n"
         writer.write(f"{head}connection: close\r\n\r\n".encode() + content)

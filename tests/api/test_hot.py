@@ -9,10 +9,10 @@ import socket
 import time
 from collections.abc import Callable
 
-import httpx
 import pytest
 
-from app.api import answers
+from app.api import answers, hot
+from app.cache import tracking
 from app.gate.keys import KeyFile
 from tests.conftest import Running, chat, until
 from tests.sockets import post, received
@@ -24,8 +24,13 @@ WHOLE_WAY = {"x-whole-way": "1"}
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The ways that calls went from here on: `app` for each that the app was asked, `hot` for each that it was not."""
+    """The ways that calls went from here on: `app` for each that the app was asked, `hot` for each that it was not.
+
+    A client whose body is held up behind its head, or a server that was not let run, does not change them.
+    """
     ways: list[str] = []
+    monkeypatch.setattr(hot, "PATIENCE_S", 30.0)
+    monkeypatch.setattr(tracking, "PING_AFTER_S", 30.0)
     whole_way, at_once = answers.AnswerRoute.__call__, answers.AnswerRoute.at_once
 
     async def in_app(*given: object) -> None:
@@ -129,11 +134,13 @@ def test_responses_keep_the_order_of_their_requests(server: Running) -> None:
     assert found == [("a", "hit"), ("b", "miss"), ("c", "hit"), ("d", "hit")]
 
 
-def test_a_body_that_does_not_come_is_timed_out(serve: Callable[..., Running]) -> None:
+def test_a_body_that_does_not_come_is_timed_out(serve: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hot, "PATIENCE_S", 1.5)  # longer than the time: it is not cut off before the app can answer
     server = serve(body_timeout_s=0.3)
     body = chat("slow", max_tokens=3)
-    primed(server, body)
     with connected(server) as connection:
+        connection.sendall(raw(body))  # in one piece, so that none of it is late
+        assert received(connection)[0][0] == 200
         connection.sendall(raw(body)[:-1])
         ((status, _, content),) = received(connection)
     assert status == 408
@@ -158,7 +165,8 @@ def test_hot_hits_are_counted_and_logged_as_all_are(server: Running, asked: list
     primed(server, body)
 
     def counts() -> dict[str, float]:
-        lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+        with server.client() as client:
+            lines = client.get("/metrics").text.splitlines()
         wanted = (
             'refrain_calls_total{cache="hit",endpoint="chat"',
             'refrain_http_responses_total{status="200"}',
@@ -224,7 +232,7 @@ def test_what_a_header_asks_for_is_done(server: Running, headers: dict[str, str]
 
 def test_a_client_that_is_silent_after_a_hot_hit_is_told_nothing(serve: Callable[..., Running]) -> None:
     """What it reads next would be taken for the answer to its next request."""
-    server = serve(header_timeout_s=1.0, idle_timeout_s=15)
+    server = serve(header_timeout_s=2.5, idle_timeout_s=30)
     body = chat("then nothing", max_tokens=3)
     primed(server, body)
     with connected(server) as connection:
