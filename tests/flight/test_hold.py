@@ -19,7 +19,7 @@ from app.flight.names import Position
 from app.flight.ride import Ride
 from app.observe import metrics
 from tests.conftest import RedisServer, Running, chat, make_settings, until
-from tests.flight.asking import Asking, on_loop, script_of
+from tests.flight.asking import Asking, boarded, on_loop, script_of
 
 LIMIT = 2**16
 EVENT = b'data: {"id":"i","created":1,"choices":[{"index":0,"delta":{"content":"' + b"x" * 4000 + b'"}}]}\n\n'
@@ -197,7 +197,7 @@ def test_all_get_the_whole_text_through_the_door(serve: Callable[..., Running]) 
     stream = Asking(running.url, chat(stream=True))
     first = script_of(running)
     body = Asking(running.url, chat())
-    until(lambda: sum(len(flight.seats) for flight in running.app.state.service.flights._by_key.values()) == 2)
+    until(lambda: boarded(running) == 2)
     for _ in range(10):
         on_loop(running, first.say, WORD)
     own = script_of(running)

@@ -15,16 +15,18 @@ from app.errors import AppError, EngineDown, EngineFailed, QueueFull, QueueShare
 from app.flight import publisher
 from app.gate.keys import KeyFile
 from tests.conftest import RedisServer, Running, chat, start_process, until
-from tests.flight.asking import CHAT, Asking, on_loop, script_of
+from tests.flight.asking import CHAT, Asking, boarded, follows, on_loop, script_of
 
 WORDS = [f"word{number} " for number in range(6)]
 
 
 @pytest.fixture
 def two(serve: Callable[..., Running]) -> tuple[Running, Running]:
-    """Two servers on one Redis, whose engines say what the test says."""
-    namespace = f"two{secrets.token_hex(4)}"
-    options = {"redis_namespace": namespace, "is_driven": True, "flight_lease_s": 0.6}
+    """Two servers on one Redis, whose engines say what the test says.
+
+    Their leases are as long as by default: one that stands still for a second is not taken for dead.
+    """
+    options = {"redis_namespace": f"two{secrets.token_hex(4)}", "is_driven": True}
     return serve(**options), serve(**options)
 
 
@@ -43,6 +45,7 @@ def test_followers_share_one_generation_whenever_they_join_and_in_their_own_form
     until(lambda: follower.text == "".join(WORDS))
     late = Asking(running.url, body)
     until(lambda: late.text == "".join(WORDS))
+    until(lambda: boarded(running) == 4)
     on_loop(running, script.finish)
     everybody = [each.done() for each in (leader, follower, plain, late)]
     assert {each.text for each in everybody} == {"".join(WORDS)}
@@ -117,10 +120,6 @@ def test_a_failure_reaches_every_follower_as_a_failure(serve: Callable[..., Runn
     assert plain.done().response.status_code == 500
 
 
-def boarded(running: Running) -> int:
-    return sum(len(flight.seats) for flight in running.app.state.service.flights._by_key.values())
-
-
 @pytest.mark.parametrize("fields", [{"temperature": 1}, {"cache": {"no_cache": True}}, {"cache": {"no_store": True}}])
 def test_calls_that_may_not_share_an_answer_share_no_generation(serve: Callable[..., Running], fields: dict) -> None:
     running = serve(is_driven=True)
@@ -149,7 +148,7 @@ def test_a_call_on_another_server_shares_the_generation(two: tuple[Running, Runn
     on_loop(here, script.say, WORDS[0])
     until(lambda: leader.text)
     follower = Asking(there.url, chat(stream=is_streaming))
-    until(lambda: boarded(there))
+    until(lambda: follows(there, here))
     if is_streaming:
         until(lambda: follower.text == WORDS[0])
     for word in WORDS[1:]:
@@ -181,7 +180,7 @@ def test_a_failure_elsewhere_is_told_with_its_own_status(two: tuple[Running, Run
     here, there = two
     leader, script = Asking(here.url, chat()), script_of(here)
     follower = Asking(there.url, chat())
-    until(lambda: boarded(there))
+    until(lambda: follows(there, here))
     on_loop(here, script.fail, EngineFailed("the engine failed on this call"))
     for each in (leader, follower):
         assert each.done().response.status_code == 500
@@ -209,7 +208,7 @@ def test_followers_elsewhere_carry_on_what_a_leader_has_no_engine_for(
 
 
 def test_a_server_that_still_loads_does_not_hold_up_those_that_are_ready(serve: Callable[..., Running]) -> None:
-    options = {"redis_namespace": f"two{secrets.token_hex(4)}", "flight_lease_s": 0.6}
+    options = {"redis_namespace": f"two{secrets.token_hex(4)}"}
     loading, ready = serve(**options, is_ready=False, loading_wait_s=30), serve(**options)
     first = Asking(loading.url, chat())
     until(lambda: boarded(loading))
@@ -223,9 +222,11 @@ def test_a_follower_takes_over_from_a_server_that_died(
     serve: Callable[..., Running], shared_redis: RedisServer, tmp_path: Path
 ) -> None:
     """Killed in the middle of its stream: the follower elsewhere gets each word once, and the right end."""
-    options = {"redis_namespace": f"dies{secrets.token_hex(4)}", "flight_lease_s": 0.6, "scripted_tokens_per_s": 20.0}
+    options = {"redis_namespace": f"dies{secrets.token_hex(4)}", "flight_lease_s": 0.6}
     there = serve(weights=_scripted_weights(), **options)
+    # It would speak for half a minute: whatever holds up this test, it is killed before its end.
     environment = {f"REFRAIN_{name.upper()}": str(value) for name, value in options.items()}
+    environment["REFRAIN_SCRIPTED_TOKENS_PER_S"] = "10"
     (tmp_path / "other").mkdir()
     dying = start_process(
         tmp_path / "other",
@@ -233,15 +234,14 @@ def test_a_follower_takes_over_from_a_server_that_died(
         "--engine",
         "scripted",
         REFRAIN_REDIS_URL=shared_redis.url,
-        REFRAIN_REDIS_TIMEOUT_S="1",
         **environment,
     )
     weights = there.app.state.service.weights
-    dying_body = chat("to be continued", stream=True, max_tokens=30)
+    dying_body = chat("to be continued", stream=True, max_tokens=300)
     with dying.client() as client:
         assert client.get("/v1/models").json()["data"][0]["id"] == weights.name
     try:
-        whole = Asking(there.url, chat("to be continued", max_tokens=30, cache={"no_store": True, "no_cache": True}))
+        whole = Asking(there.url, chat("to be continued", max_tokens=300, cache={"no_store": True, "no_cache": True}))
         leader = Asking(dying.url, dying_body)
         until(lambda: leader.text)
         follower = Asking(there.url, dying_body)
@@ -268,15 +268,17 @@ def test_a_leader_that_was_paused_cannot_write_any_more(
     serve: Callable[..., Running], shared_redis: RedisServer, tmp_path: Path
 ) -> None:
     """SIGSTOP for longer than the lease; then it goes on. Its follower has taken over and hears it no more."""
-    options = {"redis_namespace": f"stop{secrets.token_hex(4)}", "flight_lease_s": 0.6, "scripted_tokens_per_s": 15.0}
+    options = {"redis_namespace": f"stop{secrets.token_hex(4)}", "flight_lease_s": 0.6}
     there = serve(weights=_scripted_weights(), **options)
+    # Slow enough to be stopped in the middle also where this test is held up.
     environment = {f"REFRAIN_{name.upper()}": str(value) for name, value in options.items()}
+    environment["REFRAIN_SCRIPTED_TOKENS_PER_S"] = "10"
     (tmp_path / "other").mkdir()
     paused = start_process(
         tmp_path / "other", tmp_path / "log", "--engine", "scripted", REFRAIN_REDIS_URL=shared_redis.url, **environment
     )
     try:
-        body = chat("pause", stream=True, max_tokens=30)
+        body = chat("pause", stream=True, max_tokens=60)
         leader = Asking(paused.url, body)
         until(lambda: leader.text)
         follower = Asking(there.url, body)
@@ -287,8 +289,7 @@ def test_a_leader_that_was_paused_cannot_write_any_more(
         assert follower.done().is_whole
         assert leader.done().text == follower.text, "its own clients get all of it from it"
         with paused.client() as client:
-            metrics = client.get("/metrics").text
-        assert "refrain_flight_leases_lost_total 1.0" in metrics
+            until(lambda: "refrain_flight_leases_lost_total 1.0" in client.get("/metrics").text)
     finally:
         paused.process.kill()
         paused.process.wait()
@@ -310,7 +311,7 @@ def test_a_redis_that_dies_in_the_middle_loses_nobody(
     serve: Callable[..., Running], own_redis: RedisServer, tmp_path: Path
 ) -> None:
     """The follower elsewhere has lost its leader's stream: it generates, and goes on where it was."""
-    options = {"redis_namespace": "gone", "flight_lease_s": 0.6, "redis_timeout_s": 0.3, "is_driven": True}
+    options = {"redis_namespace": "gone", "is_driven": True}
     here, there = serve(own_redis, **options), serve(own_redis, **options)
     leader, script = Asking(here.url, chat(stream=True)), script_of(here)
     on_loop(here, script.say, WORDS[0])
@@ -329,7 +330,7 @@ def test_a_redis_that_dies_in_the_middle_loses_nobody(
 def test_a_generation_made_again_that_differs_ends_in_an_error_and_is_never_mixed(
     serve: Callable[..., Running], own_redis: RedisServer
 ) -> None:
-    options = {"redis_namespace": "gone", "flight_lease_s": 0.6, "redis_timeout_s": 0.3, "is_driven": True}
+    options = {"redis_namespace": "gone", "is_driven": True}
     here, there = serve(own_redis, **options), serve(own_redis, **options)
     _, script = Asking(here.url, chat(stream=True)), script_of(here)
     on_loop(here, script.say, WORDS[0])
@@ -371,6 +372,7 @@ def test_a_flight_that_is_over_is_not_shared_any_longer(
 ) -> None:
     """Its end is not held back with other events: who asks after a purge would be given what was purged."""
     monkeypatch.setattr(publisher, "PUBLISH_GAP_S", 60.0)
+    monkeypatch.setattr(publisher, "CLOSE_S", 60.0)
     running = serve(own_redis, is_driven=True, flight_lease_s=60.0)
     leader, script = Asking(running.url, chat(stream=True)), script_of(running)
     with redis.Redis.from_url(own_redis.url) as client:

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.conftest import MODEL, Running, chat, until
-from tests.flight.asking import CHAT, Asking, on_loop, script_of
-from tests.flight.test_sharing import boarded
+from tests.flight.asking import CHAT, Asking, boarded, on_loop, script_of
 
 
 def count(running: Running, name: str, **labels: str) -> float:
