@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -33,6 +34,7 @@ def said(text: str) -> str:
 
 
 def test_the_second_identical_call_is_a_hit_and_is_not_generated(server: Running) -> None:
+    began = time.monotonic()
     first, second = post(server, chat()), post(server, chat())
     assert (first.headers["x-cache"], second.headers["x-cache"]) == ("miss", "hit")
     assert first.json()["choices"] == second.json()["choices"]
@@ -40,7 +42,7 @@ def test_the_second_identical_call_is_a_hit_and_is_not_generated(server: Running
     assert len(server.engine.calls) == 1
     assert first.headers["x-cache-key"] == second.headers["x-cache-key"]
     assert "age" not in first.headers
-    assert second.headers["age"] == "0"
+    assert 0 <= int(second.headers["age"]) <= time.monotonic() - began
 
 
 def test_a_hit_has_an_id_and_a_time_of_its_own(server: Running) -> None:
@@ -135,8 +137,10 @@ def test_cache_control_means_what_http_says(server: Running) -> None:
 def test_max_age_refuses_an_older_recording_and_refreshes_it(server: Running) -> None:
     post(server, chat())
     until(lambda: int(post(server, chat()).headers["age"]) >= 2)
+    refreshed = time.monotonic()
     assert post(server, chat(), cache_control="max-age=1").headers["x-cache"] == "miss"
-    assert int(post(server, chat()).headers["age"]) <= 1
+    # Redis tells this process by a connection of its own what changed; nobody waits for that.
+    until(lambda: int(post(server, chat()).headers["age"]) <= time.monotonic() - refreshed)
 
 
 def test_the_cache_object_of_the_body_says_the_same_for_sdk_users(server: Running) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,6 @@ def replica(tmp_path: Path, shared_redis: RedisServer) -> Iterator[Replica]:
             REFRAIN_ENGINE="scripted",
             REFRAIN_REDIS_URL=shared_redis.url,
             REFRAIN_REDIS_NAMESPACE=tmp_path.name,
-            REFRAIN_REDIS_TIMEOUT_S="2",
             **environment,
         )
         started.append(process)
@@ -55,6 +56,8 @@ class Balancer:
     def __init__(self, urls: list[str]) -> None:
         self.urls = urls
         self.is_ready = dict.fromkeys(urls, True)
+        self._sending: dict[int, str] = {}
+        self._lock = threading.Lock()
         self._turns = itertools.count()
         self._ends = threading.Event()
 
@@ -73,9 +76,22 @@ class Balancer:
             for url in list(self.urls):
                 self.is_ready[url] = _is_ready(url)
 
-    def pick(self) -> str:
-        ready = [url for url in list(self.urls) if self.is_ready.get(url)]
-        return ready[next(self._turns) % len(ready)]
+    @contextmanager
+    def sending(self, client: int) -> Iterator[str]:
+        """Which replica to ask; it has the request when the context ends."""
+        with self._lock:
+            ready = [url for url in list(self.urls) if self.is_ready.get(url)]
+            self._sending[client] = url = ready[next(self._turns) % len(ready)]
+        try:
+            yield url
+        finally:
+            with self._lock:
+                del self._sending[client]
+
+    def has_left(self, url: str) -> bool:
+        """Nobody is sent there any more, and what was sent has arrived."""
+        with self._lock:
+            return not self.is_ready[url] and url not in self._sending.values()
 
 
 def _is_ready(url: str) -> bool:
@@ -111,38 +127,49 @@ class Load:
         for number in itertools.count():
             if self._ends.is_set():
                 return
-            url = self._balancer.pick()
             question = f"question {number % 3}" if number % 2 else f"question {number} of client {client}"
             try:
-                self._ask(url, chat(question, max_tokens=40, stream=client % 2 == 0))
+                url = self._ask(client, chat(question, max_tokens=40, stream=client % 2 == 0))
             except Exception as error:
-                self.failed.append(f"{url}: {error!r}")
+                self.failed.append(repr(error))
             else:
                 self.answered[url] = self.answered.get(url, 0) + 1
 
-    def _ask(self, url: str, body: dict[str, Any]) -> None:
-        response = httpx.post(url + CHAT, json=body, timeout=30)
-        assert response.status_code == 200, response.text
+    def _ask(self, client: int, body: dict[str, Any]) -> str:
+        with ExitStack() as stack:
+            with self._balancer.sending(client) as url:
+                response = stack.enter_context(httpx.stream("POST", url + CHAT, json=body, timeout=30))
+                if not body["stream"]:
+                    response.read()  # until then nothing shows that it has arrived
+            text = response.read().decode()
+        assert response.status_code == 200, (url, text)
         if body["stream"]:
-            assert response.text.endswith("data: [DONE]\n\n"), response.text[-300:]
+            assert text.endswith("data: [DONE]\n\n"), (url, text[-300:])
         else:
-            assert response.json()["choices"][0]["finish_reason"] == "length"
+            assert json.loads(text)["choices"][0]["finish_reason"] == "length"
+        return url
 
 
 def test_a_rolling_restart_of_two_replicas_fails_no_request(replica: Replica) -> None:
-    settings = {"REFRAIN_DRAIN_DELAY_S": "1.5", "REFRAIN_SCRIPTED_TOKENS_PER_S": "100"}
-    replicas = [replica(**settings) for _ in range(2)]
+    settings = {"REFRAIN_SCRIPTED_TOKENS_PER_S": "100"}
+    replicas = [replica(**settings, REFRAIN_DRAIN_DELAY_S="600") for _ in range(2)]
     balancer = Balancer([each.url for each in replicas])
     load = Load(balancer)
     with balancer.looking(), load.running(6):
-        for old in replicas:
+        for old in list(replicas):
             until(lambda: load.has_reached(balancer.urls))
-            assert old.stop() == 0
+            old.process.send_signal(signal.SIGTERM)
+            until(lambda old=old: balancer.has_left(old.url))
+            assert old.stop() == 0, "asked again, it waits for nobody but those whose answers are under way"
             balancer.urls.remove(old.url)
-            balancer.urls.append(replica(**settings).url)
+            replicas.append(replica(**settings, REFRAIN_DRAIN_DELAY_S="1"))
+            balancer.urls.append(replicas[-1].url)
         until(lambda: load.has_reached(balancer.urls))
     assert load.failed == []
     assert len(load.answered) == 4
+    began = time.monotonic()
+    assert replicas[-1].stop() == 0
+    assert time.monotonic() - began >= 1, "and not asked again, it takes calls for as long as it was told to"
 
 
 def test_readiness_goes_first_and_work_is_taken_until_the_delay_is_over(replica: Replica) -> None:
@@ -173,13 +200,18 @@ def test_readiness_goes_first_and_work_is_taken_until_the_delay_is_over(replica:
 
 
 def test_a_stream_that_outlasts_the_budget_goes_on_at_another_replica(replica: Replica) -> None:
-    settings = {"REFRAIN_SCRIPTED_TOKENS_PER_S": "20", "REFRAIN_STREAM_RESUME_S": "60"}
-    leaving, other = replica(REFRAIN_DRAIN_S="1", **settings), replica(**settings)
+    leaving, other = (
+        replica(REFRAIN_STREAM_RESUME_S="60", **settings)
+        for settings in (
+            {"REFRAIN_SCRIPTED_TOKENS_PER_S": "5", "REFRAIN_DRAIN_S": "1"},  # far from its end, whoever is slow
+            {"REFRAIN_SCRIPTED_TOKENS_PER_S": "100"},
+        )
+    )
     body = chat("a long story", stream=True, max_tokens=80)
     with leaving.client() as client, client.stream("POST", CHAT, json=body) as response:
         lines = response.iter_lines()
         head = list(itertools.islice(lines, 9))
-        leaving.process.send_signal(15)
+        leaving.process.send_signal(signal.SIGTERM)
         head += list(lines)
     assert leaving.process.wait(timeout=30) == 0
     assert "retry: 5000" in head

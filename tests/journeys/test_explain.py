@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY, Process, RedisServer, chat, start_process
+from tests.conftest import PATIENCE_S, REPOSITORY, Process, RedisServer, chat, start_process
 
 FILES = {
     "one": chat(max_tokens=5, user="u"),
@@ -38,13 +38,14 @@ def explain(directory: Path, redis: RedisServer, *arguments: str) -> subprocess.
     import os
 
     environment = {"REFRAIN_HOME": str(directory), "REFRAIN_ENGINE": "scripted", "REFRAIN_REDIS_URL": redis.url}
+    environment["REFRAIN_REDIS_TIMEOUT_S"] = str(PATIENCE_S)
     command = [sys.executable, "-m", "app", "cache", "explain", *arguments, "--json"]
     return subprocess.run(
         command,
         capture_output=True,
         text=True,
         cwd=REPOSITORY,
-        timeout=60,
+        timeout=120,
         env=os.environ | environment | _namespace(directory),
     )
 

@@ -24,7 +24,7 @@ from filelock import FileLock
 from typer.testing import CliRunner
 
 from app.cache.embedded import running as embedded_servers
-from tests.conftest import REPOSITORY, Process, chat, start_process, until
+from tests.conftest import PATIENCE_S, REPOSITORY, Process, chat, start_process, until
 
 CHAT = "/v1/chat/completions"
 Start = Callable[..., Process]
@@ -55,10 +55,16 @@ def home(tmp_path: Path) -> Path:
 
 def refrain(home: Path, *arguments: str, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
     """One command, to its end."""
+    defaults = {
+        "REFRAIN_HOME": str(home),
+        "REFRAIN_ENGINE": "scripted",
+        "REFRAIN_REDIS_TIMEOUT_S": str(PATIENCE_S),
+        "COLUMNS": "200",
+    }
     return subprocess.run(
         [sys.executable, "-m", "app", *arguments],
         cwd=REPOSITORY,
-        env=os.environ | {"REFRAIN_HOME": str(home), "REFRAIN_ENGINE": "scripted", "COLUMNS": "200"} | environment,
+        env=os.environ | defaults | environment,
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -77,8 +83,8 @@ def cache_of(running: Process, content: str = "hello") -> str:
 
 
 def redis_of(running: Process) -> psutil.Process:
-    """The embedded server: the only child that a scripted server has."""
-    (child,) = psutil.Process(running.process.pid).children(recursive=True)
+    """The embedded server: the only child that a scripted server has. While it writes its snapshot it has one too."""
+    (child,) = psutil.Process(running.process.pid).children()
     return child
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -26,6 +26,7 @@ from app.gate.keys import KeyFile
 from app.settings import Settings
 from app.weights import Registry
 from tests.conftest import RedisServer, Running, chat, make_settings, run_server, until
+from tests.sockets import post
 from tests.weights.conftest import make_weights, publish
 
 BOT = "bot"
@@ -266,7 +267,7 @@ def test_a_server_that_stops_in_the_middle_of_a_swap_stops(house: Build, way: st
         until(lambda: there.engines)
         if way == "pause":
             asking.append(pool.submit(post, CHAT, json=chat("meanwhile", model=BOT)))
-            time.sleep(0.2)  # for the call to arrive and wait: nothing outside shows that it does
+            until(lambda: len(there.running.server.server_state.tasks) == 2)  # it has arrived
         there.running.stop()
         told = [each.result() for each in asking]
     assert [(each.status_code, each.json()["error"]["code"]) for each in told] == [(503, "draining")] * len(told)
@@ -276,8 +277,11 @@ def test_a_server_that_stops_in_the_middle_of_a_swap_stops(house: Build, way: st
 def test_a_swap_goes_on_when_who_asked_for_it_leaves(house: Build) -> None:
     there = house(engine=Endless)
     there.point(publish(there.registry, BOT, 2))
-    with there.client() as client, pytest.raises(httpx.ReadTimeout):
-        client.post("/admin/models/reload", timeout=0.5)
+    url = httpx.URL(there.running.url)
+    with socket.create_connection((url.host, url.port)) as leaving:
+        leaving.sendall(post("/admin/models/reload", b"", authorization=f"Bearer {there.admin}"))
+        until(lambda: there.engines)
+    until(lambda: not there.running.server.server_state.connections)  # it knows that nobody waits
     with there.client() as client:
         assert client.get("/admin/models").json()["swap"]["status"] == "running"
     there.ask()
@@ -289,24 +293,31 @@ def test_no_text_contradicts_its_digest_however_often_weights_are_swapped(house:
     there = house(swap=way)
     digests = [there.served(), publish(there.registry, BOT, 2)]
     over = threading.Event()
+    seen: list[str] = []
 
-    def ask(number: int) -> set[str]:
-        seen, turn = set(), 0
+    def ask(number: int) -> None:
+        turn = 0
         while not over.is_set():
             turn += 1
             # Few questions, so that most are hits; some are generated anew all the same.
             anew = {"cache": {"no_cache": True}} if turn % 3 == 0 else {}
-            seen.add(there.ask(f"q{turn % 5}", stream=bool(number % 2), **anew).headers["x-weights"])
-        return seen
+            seen.append(there.ask(f"q{turn % 5}", stream=bool(number % 2), **anew).headers["x-weights"])
 
     with ThreadPoolExecutor(8) as pool:
         asking = [pool.submit(ask, number) for number in range(8)]
-        for turn in range(20):
-            there.point(digests[1 - turn % 2])
-            assert there.reload().json()["status"] == "swapped"
-        over.set()
-        seen = set().union(*(each.result() for each in asking))
-    assert seen == {f"{BOT}@{digest[:12]}" for digest in digests}
+        try:
+            for turn in range(20):
+                digest = digests[1 - turn % 2]
+                there.point(digest)
+                assert there.reload().json()["status"] == "swapped"
+                # However slow they are, somebody has been answered by each of the two.
+                name = f"{BOT}@{digest[:12]}"
+                until(lambda name=name: name in seen or any(each.done() for each in asking))
+        finally:
+            over.set()
+        for each in asking:
+            each.result()
+    assert set(seen) == {f"{BOT}@{digest[:12]}" for digest in digests}
     until(lambda: all(each.state.phase == "draining" for each in [there.running.engine, *there.engines[:-1]]))
 
 

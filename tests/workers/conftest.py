@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import select
 import signal
+import socket
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpcore
 import httpx
 import psutil
 import pytest
@@ -19,6 +24,7 @@ import pytest
 from app.gate.keys import KeyFile
 from app.weights import Registry
 from tests.conftest import Process, chat, start_process, until
+from tests.sockets import post, received
 from tests.weights.conftest import publish
 
 CHAT = "/v1/chat/completions"
@@ -26,6 +32,38 @@ BOT = "bot"
 HOT = chat("hot", model=BOT, max_tokens=6)
 # A header that may mean something: its call is the server's, whatever the cache has.
 WHOLE_WAY = {"x-whole-way": "1"}
+# A server that is asked what was counted waits for its workers for 0.5 s; one that answers sooner knows.
+FRESH_S = 0.4
+
+
+class _InOnePiece(httpcore.NetworkStream):
+    """Sends a request when its answer is to be read. A worker waits for a body that comes apart from its head for
+    0.2 s, which this process may take between the two."""
+
+    def __init__(self, stream: httpcore.NetworkStream) -> None:
+        self._stream, self._unsent = stream, b""
+        self.close, self.get_extra_info = stream.close, stream.get_extra_info
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._unsent += buffer
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        unsent, self._unsent = self._unsent, b""
+        self._stream.write(unsent, timeout)
+        return self._stream.read(max_bytes, timeout)
+
+
+class _Network(httpcore.NetworkBackend):
+    def connect_tcp(self, *arguments: Any, **options: Any) -> httpcore.NetworkStream:
+        return _InOnePiece(httpcore.SyncBackend().connect_tcp(*arguments, **options))
+
+
+def one_connection() -> httpx.HTTPTransport:
+    transport = httpx.HTTPTransport(
+        verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    )  # the default one takes long to make
+    transport._pool = httpcore.ConnectionPool(max_connections=1, network_backend=_Network())
+    return transport
 
 
 @dataclass
@@ -51,8 +89,9 @@ class House:
 
     def client(self, **options: Any) -> httpx.Client:
         """One connection."""
-        limits = httpx.Limits(max_connections=1)
-        return httpx.Client(base_url=self.url, timeout=30, headers=self.keys, limits=limits, **options)
+        return httpx.Client(
+            base_url=self.url, timeout=30, headers=self.keys, transport=one_connection(), trust_env=False, **options
+        )
 
     def ask(self, body: dict[str, Any] | None = None, **headers: str) -> httpx.Response:
         """On a connection of its own."""
@@ -61,21 +100,33 @@ class House:
 
     def workers(self) -> list[psutil.Process]:
         children = psutil.Process(self.running.process.pid).children()
-        return [child for child in children if "app.workers" in " ".join(child.cmdline())]
+        return [child for child in children if is_worker(child)]
 
     def metric(self, start: str) -> float:
-        with self.client() as client:
-            lines = client.get("/metrics").text.splitlines()
-        return sum(float(line.split()[-1]) for line in lines if line.startswith(start))
+        """What all processes have counted by now."""
+
+        def told() -> str | None:
+            with self.client() as client:
+                began = time.monotonic()
+                text = client.get("/metrics").text
+                return text if time.monotonic() - began < FRESH_S else None
+
+        return sum(float(line.split()[-1]) for line in until(told).splitlines() if line.startswith(start))
 
     def wait_for_workers(self, count: int = 1) -> None:
         until(lambda: self.metric("refrain_http_workers ") == count)
+
+    def wait_for_another(self, worker: psutil.Process) -> None:
+        """After the end of the only worker, which the server does not count as one any more when it starts another."""
+        until(lambda: [each for each in self.workers() if each.pid != worker.pid])
+        self.wait_for_workers()
 
     @contextmanager
     def server_paused(self) -> Iterator[None]:
         """While the server's own process stands still, whatever answers is a worker."""
         os.kill(self.running.process.pid, signal.SIGSTOP)
         try:
+            until(lambda: psutil.Process(self.running.process.pid).status() == psutil.STATUS_STOPPED)
             yield
         finally:
             os.kill(self.running.process.pid, signal.SIGCONT)
@@ -87,13 +138,21 @@ class House:
                 assert client.post(CHAT, json=HOT).headers["x-cache"] == "hit"
             yield client
 
-    def is_with_a_worker(self, client: httpx.Client) -> bool:
-        """Whether its only connection is; a hot hit tells."""
+    def is_with_a_worker(self, connection: socket.socket) -> bool:
+        """Who answers a hot hit tells."""
         with self.server_paused():
-            try:
-                return client.post(CHAT, json=HOT, timeout=0.5).headers["x-cache"] == "hit"
-            except httpx.TimeoutException:
-                return False
+            connection.sendall(post(CHAT, json.dumps(HOT).encode(), **self.keys))
+            is_answered = bool(select.select([connection], [], [], 0.5)[0])
+        ((status, headers, _),) = received(connection)
+        assert (status, headers["x-cache"]) == (200, "hit")
+        return is_answered
+
+
+def is_worker(process: psutil.Process) -> bool:
+    try:
+        return "app.workers" in " ".join(process.cmdline())
+    except psutil.Error:  # it has ended
+        return False
 
 
 def start_house(directory: Path, **environment: str) -> House:
@@ -107,8 +166,7 @@ def start_house(directory: Path, **environment: str) -> House:
         "REFRAIN_MODEL": BOT,
         "REFRAIN_HTTP_WORKERS": "1",
         "REFRAIN_WATCH_S": "0",
-        "REFRAIN_SCRIPTED_TOKENS_PER_S": "400",
-        "REFRAIN_REDIS_TIMEOUT_S": "1",
+        "REFRAIN_SCRIPTED_TOKENS_PER_S": "100",
     }
     log = directory / f"log{time.monotonic_ns()}"
     house = House(start_process(home, log, **(defaults | environment)), home, secret, first)
@@ -143,7 +201,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     """One for all tests of a module that leave it as it was."""
-    there = start_house(tmp_path_factory.mktemp("w"), REFRAIN_STREAM_RESUME_S="20", REFRAIN_BODY_TIMEOUT_S="1")
+    there = start_house(tmp_path_factory.mktemp("w"), REFRAIN_STREAM_RESUME_S="20", REFRAIN_BODY_TIMEOUT_S="3")
     yield there
     end_house(there)
     assert "Traceback" not in there.running.log.read_text()
