@@ -151,8 +151,11 @@ def is_held(running: Running, key: str) -> bool:
 
 
 @pytest.fixture
-def hot(serve: Callable[..., Running], own_redis: RedisServer) -> Iterator[tuple[Running, redis.Redis, str]]:
+def hot(
+    serve: Callable[..., Running], own_redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Running, redis.Redis, str]]:
     """A server that holds one recording itself; a client of its Redis; the recording's key."""
+    monkeypatch.setattr(tracking, "PING_AFTER_S", 20.0)  # who stands still for a moment is not taken for away
     running = serve(own_redis)
     until(lambda: running.app.state.service.store.is_near)
     ask(running)
@@ -224,7 +227,7 @@ def test_hot_hits_go_on_for_a_while_without_redis(
 ) -> None:
     running, _, key = hot
     near = running.app.state.service.store._near
-    monkeypatch.setattr(tracking, "GRACE_S", 1.0)
+    monkeypatch.setattr(tracking, "GRACE_S", 4.0)  # in which the next hit has to be asked for
     own_redis.send(9)
     until(lambda: not near.is_open)
     assert ask(running)[0] == "hit"
@@ -235,9 +238,9 @@ def test_hot_hits_go_on_for_a_while_without_redis(
     until(lambda: ask(running)[0] == "hit")
 
 
-def test_a_redis_that_stands_still_is_noticed(hot: tuple[Running, redis.Redis, str], own_redis: RedisServer) -> None:
-    running, _, _ = hot
-    near = running.app.state.service.store._near
+def test_a_redis_that_stands_still_is_noticed(serve: Callable[..., Running], own_redis: RedisServer) -> None:
+    near = serve(own_redis).app.state.service.store._near
+    until(lambda: near.is_open)
     own_redis.send(19)
     until(lambda: not near.is_open)
     own_redis.send(18)

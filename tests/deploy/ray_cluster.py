@@ -17,14 +17,14 @@ from app.gate.keys import KeyFile
 from app.weights import Registry
 from benchmarks.ray_local import APP, deploy, ray_running
 from benchmarks.servers import free_port
-from tests.conftest import RedisServer, until
+from tests.conftest import PATIENCE_S, RedisServer, until
 from tests.weights.conftest import publish
 
 BOT = "bot"
 BY_SESSION = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
 _QUICK = {
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.2",
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # on a busy machine it takes longer than the 5 s that it is given
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "180",  # on a busy machine it takes longer than the 5 s that it is given
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_enable_metrics_collection": "0",
 }
@@ -57,7 +57,7 @@ class Cluster:
             "model": f"{BOT}@{self.digests[0]}",
             "home": str(self.home),
             "redis_url": self.redis.url,
-            "redis_timeout_s": 2.0,
+            "redis_timeout_s": PATIENCE_S,
             "port": self.port,
             "drain_s": 5.0,
             "stream_resume_s": 30.0,
@@ -77,8 +77,14 @@ class Cluster:
         states = serve.status().applications[APP].deployments["refrain"].replica_states
         return states.get("RUNNING", 0) if set(states) == {"RUNNING"} else 0
 
-    def wait_running(self, replicas: int) -> None:
-        until(lambda: self.running() == replicas, 180, 0.1)  # each imports vLLM's front end, on a busy machine
+    def wait_running(self, replicas: int) -> list[psutil.Process]:
+        """Until so many run and listen, as Ray sees it too, which notices late that one has died; their processes."""
+
+        def found() -> list[psutil.Process]:
+            processes = self.replicas() if self.running() == replicas else []
+            return processes if len(processes) == replicas else []
+
+        return until(found, 180, 0.1)  # each imports vLLM's front end, on a busy machine
 
     def replicas(self) -> list[psutil.Process]:
         """The processes that listen at the replicas' own door."""

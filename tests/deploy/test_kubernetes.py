@@ -84,14 +84,21 @@ def test_pods_may_do_nothing_but_their_work(folder: str) -> None:
             assert "cpu" not in resources["limits"], f"{name}: a throttled thread holds up all others"
 
 
+def overlay_on(base: str, components: list[str], folder: Path) -> str:
+    """An overlay of one's own in a folder outside the project, where nobody else looks at it; its path."""
+    told = {
+        "kind": "Kustomization",
+        "namespace": "refrain",
+        "resources": [os.path.relpath(FOLDER / base, folder)],
+        "components": [os.path.relpath(FOLDER / each, folder) for each in components],
+    }
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(told))
+    return str(folder)
+
+
 @pytest.mark.parametrize("overlay", ["cpu", "ha"])
 def test_with_a_store_of_weights_pods_pull_before_they_serve(overlay: str, tmp_path: Path) -> None:
-    def path(folder: str) -> str:
-        return os.path.relpath(FOLDER / folder, tmp_path.resolve())
-
-    told = {"resources": [path(f"overlays/{overlay}")], "components": [path("components/weights-store")]}
-    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(told))
-    folder = str(tmp_path.resolve())
+    folder = overlay_on(f"overlays/{overlay}", ["components/weights-store"], tmp_path.resolve())
     for each in rendered(folder):
         if each["kind"] not in CUSTOM:
             kubernetes_validate.validate(each, VERSIONS[-1], strict=True)
@@ -179,16 +186,7 @@ def test_the_jobs_file_is_one_that_the_command_takes() -> None:
 
 def test_the_components_that_no_overlay_uses_render_too(tmp_path: Path) -> None:
     """`keda` and `egress-https` are for overlays of one's own: on top of `ha`."""
-    overlay = FOLDER / "overlays" / f"test-{tmp_path.name}"
-    overlay.mkdir()
-    try:
-        (overlay / "kustomization.yaml").write_text(
-            "kind: Kustomization\nnamespace: refrain\nresources: [../ha]\n"
-            "components: [../../components/keda, ../../components/egress-https]\n"
-        )
-        kinds = [each["kind"] for each in rendered(str(overlay.relative_to(FOLDER)))]
-    finally:
-        (overlay / "kustomization.yaml").unlink(missing_ok=True)
-        overlay.rmdir()
+    folder = overlay_on("overlays/ha", ["components/keda", "components/egress-https"], tmp_path.resolve())
+    kinds = [each["kind"] for each in rendered(folder)]
     assert "ScaledObject" in kinds
     assert "HorizontalPodAutoscaler" not in kinds, "one of the two may scale"

@@ -84,11 +84,11 @@ def test_a_spent_budget_is_an_insufficient_quota_that_nobody_tries_again(start: 
 
 @pytest.mark.parametrize("is_streaming", [False, True])
 def test_every_answer_of_a_limited_key_has_the_headers(start: Serve, settings: Settings, is_streaming: bool) -> None:
-    headers, running = key(settings, rpm="10", tpm="1000"), start()
+    headers, running = key(settings, rpm="3", tpm="1000"), start()  # one comes back in 20 s
     for at, status in enumerate(("miss", "hit", "hit")):
         answer = ask(running, headers, stream=is_streaming)
         assert answer.headers["x-cache"] == status
-        assert answer.headers["x-ratelimit-remaining-requests"] == str(9 - at)
+        assert answer.headers["x-ratelimit-remaining-requests"] == str(2 - at)
         assert answer.headers["x-ratelimit-limit-tokens"] == "1000"
         assert int(answer.headers["x-ratelimit-remaining-tokens"]) >= 1000 - IN - OUT
     without = key(settings)
@@ -149,11 +149,11 @@ def test_a_model_that_a_key_may_not_use_does_not_exist_for_it(start: Serve, sett
 def test_a_hit_costs_what_the_setting_says(
     start: Serve, settings: Settings, shared_redis: RedisServer, cost: str, requests: int, tokens: int
 ) -> None:
-    headers, running = key(settings, rpm="100", budget="1000 tokens/day"), start(limit_hits=cost)
+    headers, running = key(settings, rpm="4", budget="1000 tokens/day"), start(limit_hits=cost)
     assert [ask(running, headers).headers["x-cache"] for _ in range(3)] == ["miss", "hit", "hit"]
     assert settled(shared_redis, running) == tokens
-    left = int(ask(running, headers, "another").headers["x-ratelimit-remaining-requests"])
-    assert left in (100 - requests - 1, 100 - requests), "one may have come back"
+    left = ask(running, headers, "another").headers["x-ratelimit-remaining-requests"]
+    assert left == str(4 - requests - 1), "one comes back in 15 s"
 
 
 def test_who_shares_a_generation_pays_as_for_a_hit(start: Serve, settings: Settings, shared_redis: RedisServer) -> None:
@@ -237,7 +237,7 @@ def test_a_call_without_a_limit_reserves_all_that_the_model_can_take(start: Serv
 def test_calls_at_one_time_are_counted_over_all_servers_and_without_redis_in_each(
     tmp_path: Path, own_redis: RedisServer
 ) -> None:
-    settings = make_settings(tmp_path, own_redis, redis_timeout_s=0.3)
+    settings = make_settings(tmp_path, own_redis)
     headers = key(settings, concurrency="2")
     servers = [run_server(settings, is_driven=True) for _ in range(2)]
     try:
@@ -261,7 +261,7 @@ def test_calls_at_one_time_are_counted_over_all_servers_and_without_redis_in_eac
 
 
 def test_without_redis_hits_and_rates_go_on_and_a_budget_is_a_503(tmp_path: Path, own_redis: RedisServer) -> None:
-    settings = make_settings(tmp_path, own_redis, redis_timeout_s=0.3)
+    settings = make_settings(tmp_path, own_redis)
     rate, spends = key(settings, rpm="100"), key(settings, budget="1000 tokens/day")
     running = run_server(settings)
     try:

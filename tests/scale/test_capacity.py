@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks import capacity, redis_cost
 from benchmarks.capacity import World
-from tests.conftest import RedisServer
+from tests.conftest import PATIENCE_S, RedisServer
 
 # Prompts few enough to come again within a drawing.
 SMALL = World(prompts=2000, ttl_s=40.0, answer_tokens=1, repeated=0.8)
@@ -102,10 +102,15 @@ async def test_what_is_multiplied_is_what_redis_counts_now() -> None:
         redis = RedisServer(logs)
         redis.start()
         stack.callback(redis.stop)
-        found = await redis_cost.measure_on(stack, logs, redis.url, calls=5)
+        # Those that are followed are long, so that a follower that comes late still finds them under way.
+        patience = {"REFRAIN_REDIS_TIMEOUT_S": str(PATIENCE_S)}
+        found = await redis_cost.measure_on(stack, logs, redis.url, calls=5, followed=200, **patience)
     assert found["near hit"]["mgets"] == 0, "what a replica holds asks nobody"
     assert found["far hit"]["mgets"] > 0
-    assert found["long miss"]["evals"] > found["short miss"]["evals"] > 0
+    # How many there are of a miss is up to the pace of this machine, but not more than one for each token and a few.
+    assert 2 * kept["long miss"]["evals"] > found["long miss"]["evals"] > found["short miss"]["evals"] > 0
+    for each in (found, kept):
+        each["long miss"]["bytes_in"] /= each["long miss"]["evals"]
     for kind, name in (
         ("long miss", "bytes_in"),
         ("recording", "memory_bytes"),
