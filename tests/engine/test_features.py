@@ -17,7 +17,18 @@ from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.conftest import Process, until
-from tests.engine.conftest import ANEW, CHAT, MODEL, ONLY_CACHED, PATIENCE_S, QUESTION, chat, metric, payloads
+from tests.engine.conftest import (
+    ANEW,
+    CHAT,
+    MODEL,
+    ONLY_CACHED,
+    PATIENCE_S,
+    QUESTION,
+    RUNNING,
+    chat,
+    metric,
+    payloads,
+)
 
 pytestmark = pytest.mark.engine
 
@@ -372,11 +383,14 @@ def test_a_response_in_the_background_completes(client: OpenAI) -> None:
 
 def test_a_response_in_the_background_can_be_cancelled(client: OpenAI, http: httpx.Client) -> None:
     endless = {"max_output_tokens": 4000, "background": True, "extra_body": {"ignore_eos": True}}
+    before = metric(http, "vllm:generation_tokens_total")
     started = client.responses.create(model=MODEL, input=QUESTION, **endless)
-    until(lambda: metric(http, "vllm:num_requests_running") >= 1, PATIENCE_S, 0.1)
+    until(lambda: metric(http, RUNNING) >= 1, PATIENCE_S, 0.1)
     assert client.responses.cancel(started.id).status == "cancelled"
     assert client.responses.retrieve(started.id).status == "cancelled"
+    until(lambda: metric(http, RUNNING) == 0, PATIENCE_S, 0.1)  # the step that it is in ends first
     generated = metric(http, "vllm:generation_tokens_total")
+    assert generated - before < 3000, "it did not come to its own end"
     # Were it still running it would count on; an answer after it shows that the engine's work is ours alone.
     answer = client.chat.completions.create(**chat(), extra_headers=ANEW)
     assert metric(http, "vllm:generation_tokens_total") - generated <= answer.usage.completion_tokens + 2
@@ -501,7 +515,7 @@ def test_metrics_hold_vllms_families_and_ours(http: httpx.Client) -> None:
     hits = metric(http, "refrain_calls_total", endpoint="chat", cache="hit")
     http.post(CHAT, json=chat())
     http.post(CHAT, json=chat(), headers=ONLY_CACHED)
-    assert metric(http, "refrain_calls_total", endpoint="chat", cache="hit") >= hits + 1
+    until(lambda: metric(http, "refrain_calls_total", endpoint="chat", cache="hit") >= hits + 1)
     names = {family.name for family in text_string_to_metric_families(http.get("/metrics").text)}
     assert names >= {
         "vllm:num_requests_running",
@@ -519,7 +533,7 @@ def test_metrics_hold_vllms_families_and_ours(http: httpx.Client) -> None:
 
 
 @pytest.fixture
-def claude(engine_server: Process) -> Any:
+def claude(engine_server: Process, http: httpx.Client) -> Any:
     with Anthropic(base_url=engine_server.url, api_key="none", max_retries=0, timeout=PATIENCE_S) as client:
         yield client
 

@@ -17,7 +17,8 @@ import psutil
 import pytest
 
 from tests.conftest import REPOSITORY, TEST_HOME, Process, start_process, until
-from tests.engine.conftest import CHAT, MODEL, PATIENCE_S, metric, payloads
+from tests.engine.conftest import CHAT, IN_FLIGHT, MODEL, PATIENCE_S, RUNNING, metric, payloads
+from tests.engine.test_swap import cores
 
 pytestmark = pytest.mark.engine
 
@@ -63,8 +64,8 @@ def frail(engine_server: Process, tmp_path_factory: pytest.TempPathFactory) -> I
 
 
 def core_of(server: Process) -> psutil.Process:
-    children = psutil.Process(server.process.pid).children(recursive=True)
-    return next(child for child in children if any("EngineCore" in part for part in child.cmdline()))
+    (core,) = cores(server)
+    return core
 
 
 def told(path: str, response: httpx.Response) -> Any:
@@ -120,17 +121,16 @@ def test_what_ran_goes_on_and_says_the_same(frail: Process, unbroken: list[Any],
         for call, each, whole in zip(CALLS, asked, unbroken, strict=True):
             assert each.result() == whole, call
         assert metric(http, "refrain_engine_restarts") == restarts + 1
-        until(lambda: metric(http, "vllm:num_requests_running") == 0)
-        assert metric(http, "refrain_generations_in_flight") == 0
-    assert core_of(frail).pid != core.pid
-    assert not core.is_running() or core.status() == psutil.STATUS_ZOMBIE
+        until(lambda: metric(http, RUNNING) == 0 and metric(http, IN_FLIGHT) == 0)
+    until(lambda: core.pid not in {each.pid for each in cores(frail)})
+    assert core_of(frail)
 
 
 def test_a_call_that_kills_the_engine_is_kept_out_and_the_rest_goes_on(frail: Process, unbroken: list[Any]) -> None:
     poison = BASE | {"prompt": POISON, "max_tokens": 4}
     with frail.client() as http, ThreadPoolExecutor(len(CALLS) + 1) as pool:
         asked = ask_all(frail, pool)
-        until(lambda: metric(http, "vllm:num_requests_running") > 2, PATIENCE_S)
+        until(lambda: metric(http, RUNNING) > 2, PATIENCE_S)
         deadly = pool.submit(httpx.post, f"{frail.url}/v1/completions", json=poison, timeout=PATIENCE_S)
         for call, each, whole in zip(CALLS, asked, unbroken, strict=True):
             assert each.result() == whole, call

@@ -132,9 +132,13 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     assert server.stop() == 0
 
 
+def asking(content: str, model: str = TINY, **fields: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": content}]
+    return {"model": model, "messages": messages, "temperature": 0, "max_tokens": 12} | fields
+
+
 def ask(http: httpx.Client, content: str, model: str = TINY, **fields: Any) -> httpx.Response:
-    body = {"model": model, "messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": 12}
-    answer = http.post(CHAT, json=body | fields, headers=ANEW)
+    answer = http.post(CHAT, json=asking(content, model, **fields), headers=ANEW)
     assert answer.status_code == 200, answer.text
     return answer
 
@@ -321,17 +325,18 @@ def test_a_server_does_not_start_on_weights_that_say_something_else(house: House
             told = until(lambda: (told := http.get("/readyz").json())["status"] == "failed" and told, 240, 0.2)
             assert told["error"]["code"] == "engine_failed"
             assert "the fingerprint of" in told["detail"]
-            assert cores(server) == []
+            until(lambda: cores(server) == [], 60)
             assert there.swap(house.first.digest)["way"] == "pause"
             assert http.get("/readyz").status_code == 200
-            running = pool.submit(ask, http, "running", max_tokens=200, stream=True, ignore_eos=True)
-            until(lambda: "refrain_generations_in_flight 1.0" in http.get("/metrics").text, 60)
-            swapping = pool.submit(there.swap, house.second.digest)
-            until(lambda: http.get("/admin/models").json()["swap"]["status"] == "running", 60)
-            held = pool.submit(ask, http, "held")
+            body = asking("running", max_tokens=400, stream=True, ignore_eos=True)
+            with http.stream("POST", CHAT, json=body, headers=ANEW) as running:  # it has begun
+                swapping = pool.submit(there.swap, house.second.digest)
+                until(lambda: http.get("/admin/models").json()["swap"]["status"] == "running", 60)
+                held = pool.submit(ask, http, "held")
+                running.read()
             assert swapping.result()["way"] == "pause"
-            assert running.result().headers["x-weights"] == house.first.short
-            assert text(running.result())
+            assert (running.status_code, running.headers["x-weights"]) == (200, house.first.short)
+            assert text(running)
             assert held.result().headers["x-weights"] == house.second.short
         assert server.log.read_text().count("compiling the model") == cpu.is_cpu()
     finally:

@@ -266,7 +266,7 @@ def test_killed_in_training_the_same_command_goes_on_and_ends_with_the_same_loss
     assert registry.verify("bot", outcome.manifest.digest) == ()
     spent = [json.loads(line)["spent_s"] for line in (outcome.folder / "metrics.jsonl").read_text().splitlines()]
     assert spent == sorted(spent), "seconds are counted over both runs"
-    assert outcome.manifest.metrics["device_seconds"] >= spent[-1]
+    assert outcome.manifest.metrics["device_seconds"] >= round(spent[-1], 1), "in tenths"
 
 
 @pytest.fixture

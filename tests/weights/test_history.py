@@ -156,7 +156,7 @@ def refrain(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         text=True,
         cwd=Path(__file__).parents[2],
         env=os.environ | {"REFRAIN_HOME": str(home)},
-        timeout=120,
+        timeout=300,  # publishing loads an engine
     )
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -68,7 +69,10 @@ from conftest import make_weights
 
 def convert(gguf, out, report):
     print("converting", flush=True)
-    time.sleep(float(sys.argv[2]))
+    for _ in range(6000):  # a minute: it is not to outlive a test that fails
+        if Path(sys.argv[2]).exists():
+            break
+        time.sleep(0.01)
     make_weights(out)
 
 pull._gguf = lambda scratch, report: (scratch / "x.gguf", {"gguf_sha256": pull.GGUF_SHA256})
@@ -77,20 +81,38 @@ print(pull.pull_default(Registry(Path(sys.argv[1])), lambda step: print(step, fl
 """
 
 
-def test_of_two_pulls_at_once_one_works_and_the_other_finds_it(registry: Registry) -> None:
-    processes = [python(_PULL, str(registry.root), "1.5") for _ in range(2)]
-    outputs = [process.communicate(timeout=60)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    assert sum("converting\n" in output for output in outputs) == 1
-    assert sum("waiting for it" in output for output in outputs) == 1
+def told(process: subprocess.Popen[str], words: str) -> str:
+    """What a pull has said, up to the line that has these words."""
+    assert process.stdout
+    lines = ""
+    for line in process.stdout:
+        lines += line
+        if words in line:
+            return lines
+    raise AssertionError(f"it ended without a word of {words!r}: {lines}")
+
+
+def test_of_two_pulls_at_once_one_works_and_the_other_finds_it(registry: Registry, tmp_path: Path) -> None:
+    go_on = tmp_path / "go on"
+    worker = python(_PULL, str(registry.root), str(go_on))
+    outputs = [told(worker, "converting\n")]
+    waiter = python(_PULL, str(registry.root), str(go_on))
+    outputs.append(told(waiter, "waiting for it"))
+    go_on.touch()
+    outputs = [
+        said + process.communicate(timeout=60)[0] for said, process in zip(outputs, (worker, waiter), strict=True)
+    ]
+    assert [worker.returncode, waiter.returncode] == [0, 0]
+    assert ["converting\n" in output for output in outputs] == [True, False]
+    assert ["waiting for it" in output for output in outputs] == [False, True]
     assert len({output.splitlines()[-1] for output in outputs}) == 1
 
 
-def test_a_killed_pull_leaves_nothing_listed_and_the_next_one_cleans_up(registry: Registry, cheap: list[str]) -> None:
-    process = python(_PULL, str(registry.root), "60")
-    assert process.stdout
-    while process.stdout.readline() != "converting\n":
-        assert process.poll() is None
+def test_a_killed_pull_leaves_nothing_listed_and_the_next_one_cleans_up(
+    registry: Registry, tmp_path: Path, cheap: list[str]
+) -> None:
+    process = python(_PULL, str(registry.root), str(tmp_path / "never"))
+    told(process, "converting\n")
     process.kill()
     assert process.wait() == -signal.SIGKILL
     process.communicate()

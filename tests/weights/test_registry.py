@@ -272,22 +272,31 @@ def test_a_reader_sees_the_old_or_the_new_pointer_never_between(registry: Regist
     digests = {publish(registry, "bot", 1), publish(registry, "bot", 2)}
     one, two = digests
     registry.point("bot", one)
-    done = threading.Event()
+    moves, has_seen_enough, is_over = [one], threading.Event(), threading.Event()
 
     def move() -> None:
-        for digest in [two, one] * 60:
-            registry.point("bot", digest)
-        done.set()
+        try:
+            while len(moves) <= 120 or not has_seen_enough.is_set():
+                moves.append(one if moves[-1] == two else two)
+                registry.point("bot", moves[-1])
+        finally:
+            is_over.set()
 
     mover = threading.Thread(target=move)
     mover.start()
-    seen = set()
-    while not done.is_set():
-        seen.add(registry.find("bot").digest)
-        assert sum(row.is_current for row in registry.list()) == 1
-    mover.join()
+    looks, seen = 0, set()
+    try:
+        while not is_over.is_set():
+            seen.add(registry.find("bot").digest)
+            assert sum(row.is_current for row in registry.list()) == 1
+            looks += 1
+            if looks >= 20 and seen == digests:
+                has_seen_enough.set()
+    finally:
+        has_seen_enough.set()
+        mover.join()
     assert seen == digests
-    assert len(registry.history("bot")) == 121
+    assert [move.digest for move in registry.history("bot")] == moves
 
 
 def test_a_registry_that_cannot_be_written_still_serves(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,7 @@ class S3:
         self.address = address
 
     def _post(self, path: str) -> bytes:
-        return httpx.post(f"{self.address}/-/{path}").content
+        return httpx.post(f"{self.address}/-/{path}", timeout=60).content
 
     def kill_at(self, request: int) -> None:
         """This process, when its `request`-th request from now on has arrived and before it is done."""
