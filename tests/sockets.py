@@ -7,11 +7,15 @@ import socket
 Response = tuple[int, dict[str, str], bytes]
 
 
-def post(path: str, content: bytes, **headers: str) -> bytes:
-    """The bytes of a request; a header that is given replaces the one that would be there."""
+def request_bytes(method: str, path: str, content: bytes, **headers: str) -> bytes:
+    """A request; a header that is given replaces the one that would be there."""
     lines = {"host": "x", "content-type": "application/json", "content-length": str(len(content))} | headers
     head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
-    return f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + content
+    return f"{method} {path} HTTP/1.1\r\n{head}\r\n".encode() + content
+
+
+def post(path: str, content: bytes, **headers: str) -> bytes:
+    return request_bytes("POST", path, content, **headers)
 
 
 def received(connection: socket.socket, count: int = 1) -> list[Response]:

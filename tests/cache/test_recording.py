@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import msgspec
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from app.cache.recording import MAGIC, UNSIGNED, Recording, pack, unpack
@@ -118,7 +118,6 @@ def test_bytes_from_elsewhere_are_foreign(value: bytes) -> None:
         msgspec.msgpack.encode(ONE) + b"more",
     ],
 )
-@settings(deadline=None)
 @given(flags=st.sampled_from([0, 1, 2, 255]))
 def test_even_with_a_right_tag_nonsense_is_refused(content: bytes, flags: int) -> None:
     with pytest.raises(BrokenRecording):

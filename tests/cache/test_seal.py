@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from app.cache.seal import NotOurs, Purpose, Seal
@@ -21,7 +21,6 @@ kinds = pytest.mark.parametrize("seal", SEALS.values(), ids=SEALS)
 
 @kinds
 @given(content=st.binary(max_size=200), name=st.binary(max_size=70))
-@settings(deadline=None)
 def test_what_is_closed_opens_under_its_name_alone(seal: Seal, content: bytes, name: bytes) -> None:
     value = seal.close(content, name)
     assert seal.open(value, name) == content

@@ -15,7 +15,7 @@ import psutil
 
 from app.gate.keys import KeyFile
 from app.weights import Registry
-from benchmarks.ray_local import APP, deploy, ray_running
+from benchmarks.ray_local import APP, LONGEST_S, deploy, ray_running
 from benchmarks.servers import free_port
 from tests.conftest import PATIENCE_S, RedisServer, until
 from tests.weights.conftest import publish
@@ -24,7 +24,8 @@ BOT = "bot"
 BY_SESSION = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
 _QUICK = {
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.2",
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "180",  # on a busy machine it takes longer than the 5 s that it is given
+    # On a busy machine it takes longer than the 5 s that it is given.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(LONGEST_S),
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_enable_metrics_collection": "0",
 }
@@ -84,7 +85,7 @@ class Cluster:
             processes = self.replicas() if self.running() == replicas else []
             return processes if len(processes) == replicas else []
 
-        return until(found, 180, 0.1)  # each imports vLLM's front end, on a busy machine
+        return until(found, LONGEST_S, 0.1)  # each imports vLLM's front end, on a busy machine
 
     def replicas(self) -> list[psutil.Process]:
         """The processes that listen at the replicas' own door."""

@@ -27,6 +27,7 @@ from app.gate.keys import KeyFile
 from app.main import find_weights
 from app.settings import Settings
 from app.weights import Registry
+from benchmarks.ray_local import LONGEST_S
 from benchmarks.servers import free_port
 from tests.conftest import REPOSITORY, RedisServer, Running, until
 from tests.deploy.ray_cluster import BOT, Cluster, started
@@ -187,7 +188,7 @@ def test_other_weights_come_into_running_replicas_and_no_call_fails(two: Cluster
 
     with Asking(two) as asking:
         two.deploy(num_replicas=2, user_config={"model": f"{BOT}@{second}"})
-        until(lambda: served() == {second[:12]}, 180)
+        until(lambda: served() == {second[:12]}, LONGEST_S)
         answered = len(asking.answers)
         until(lambda: len(asking.answers) > answered + 1)  # the one under way then, and another
     asking.check()
@@ -198,7 +199,7 @@ def test_other_weights_come_into_running_replicas_and_no_call_fails(two: Cluster
     two.deploy(num_replicas=2, user_config={"model": f"{BOT}@{'f' * 64}"})
     assert served() == {second[:12]}
     two.deploy(num_replicas=2, user_config={"model": f"{BOT}@{first}"})
-    until(lambda: served() == {first[:12]}, 180)
+    until(lambda: served() == {first[:12]}, LONGEST_S)
     assert {each.pid for each in two.replicas()} == before
 
 

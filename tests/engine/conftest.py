@@ -52,10 +52,10 @@ def payloads(stream: str) -> list[Any]:
     return [each if each == "[DONE]" else json.loads(each) for each in data]
 
 
-def wait_idle(http: httpx.Client) -> None:
+def wait_idle(http: httpx.Client, timeout_s: float = PATIENCE_S) -> None:
     """Until the engine has nothing to do. What a client left a moment ago would be counted with what comes next, and in
     bfloat16 a text may depend on what else is in the batch."""
-    until(lambda: metric(http, IN_FLIGHT) == 0 and metric(http, RUNNING) == 0, PATIENCE_S, 0.05)
+    until(lambda: metric(http, IN_FLIGHT) == 0 and metric(http, RUNNING) == 0, timeout_s, 0.05)
 
 
 def metric(http: httpx.Client, name: str, **labels: str) -> float:

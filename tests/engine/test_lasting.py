@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from tests.conftest import REPOSITORY, TEST_HOME, Process, start_process, until
-from tests.engine.conftest import CHAT, IN_FLIGHT, MODEL, PATIENCE_S, RUNNING, metric, payloads
+from tests.engine.conftest import CHAT, MODEL, PATIENCE_S, RUNNING, metric, payloads, wait_idle
 from tests.engine.test_swap import cores
 
 pytestmark = pytest.mark.engine
@@ -121,7 +121,7 @@ def test_what_ran_goes_on_and_says_the_same(frail: Process, unbroken: list[Any],
         for call, each, whole in zip(CALLS, asked, unbroken, strict=True):
             assert each.result() == whole, call
         assert metric(http, "refrain_engine_restarts") == restarts + 1
-        until(lambda: metric(http, RUNNING) == 0 and metric(http, IN_FLIGHT) == 0)
+        wait_idle(http, 30)
     until(lambda: core.pid not in {each.pid for each in cores(frail)})
     assert core_of(frail)
 

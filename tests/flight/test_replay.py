@@ -64,7 +64,7 @@ def nameless(endpoint: Endpoint, content: bytes, later: Call) -> Any:
 
 
 @given(answers, asked, st.sampled_from(Form))
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 def test_a_replay_is_what_a_follower_of_the_generation_got(
     answer: tuple[Endpoint, bodies.Json], body: dict[str, Any], form: Form
 ) -> None:
@@ -85,7 +85,7 @@ words = st.lists(st.text(min_size=1, max_size=9), min_size=1, max_size=12).map("
 
 
 @given(st.sampled_from(list(PLAIN)), words, st.data())
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 def test_what_is_cut_is_whole_says_the_beginning_and_counts_its_tokens(
     endpoint: Endpoint, said: str, data: st.DataObject
 ) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import random
 import secrets
-import ssl
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,12 +19,10 @@ from app.flight.names import position
 from app.gate.keys import KeyFile
 from app.main import find_weights
 from app.settings import Settings
-from tests.conftest import RedisServer, Running, chat, start_process, until
+from tests.conftest import NO_TLS, RedisServer, Running, chat, start_process, until
 from tests.flight.asking import CHAT, Asking, on_loop, script_of
 
 RESUME_S = 60.0
-# Made once: reading the machine's certificates for every client would be most of a test.
-NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 PATHS: dict[str, dict[str, Any]] = {
     CHAT: {"model": "scripted", "messages": [{"role": "user", "content": "hi"}]},
     "/v1/completions": {"model": "scripted", "prompt": "hi"},

@@ -23,7 +23,7 @@ answers = st.sampled_from(list(BODIES)).flatmap(lambda endpoint: st.tuples(st.ju
 
 
 @given(answers)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_a_body_survives_being_streamed(answer: tuple[Endpoint, bodies.Json]) -> None:
     endpoint, body = answer
     wire.check_body(endpoint, body)
@@ -33,7 +33,7 @@ def test_a_body_survives_being_streamed(answer: tuple[Endpoint, bodies.Json]) ->
 
 
 @given(answers)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_every_event_is_one_whole_sse_event(answer: tuple[Endpoint, bodies.Json]) -> None:
     for event in wire.unfold(*answer):
         *lines, blank, end = event.split(b"\n")
@@ -42,7 +42,7 @@ def test_every_event_is_one_whole_sse_event(answer: tuple[Endpoint, bodies.Json]
 
 
 @given(answers, st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_stream_with_its_end_cut_off_is_never_whole(
     answer: tuple[Endpoint, bodies.Json], data: st.DataObject
 ) -> None:
@@ -54,7 +54,7 @@ def test_a_stream_with_its_end_cut_off_is_never_whole(
 
 
 @given(answers)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_comments_change_nothing(answer: tuple[Endpoint, bodies.Json]) -> None:
     endpoint, body = answer
     events = [part for event in wire.unfold(endpoint, body) for part in (b": keep-alive\n\n", event)]
@@ -62,7 +62,7 @@ def test_comments_change_nothing(answer: tuple[Endpoint, bodies.Json]) -> None:
 
 
 @given(answers)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_fresh_identity_changes_nothing_else(answer: tuple[Endpoint, bodies.Json]) -> None:
     endpoint, body = answer
     old = wire.identity(endpoint, body)
@@ -85,7 +85,7 @@ def test_a_fresh_identity_changes_nothing_else(answer: tuple[Endpoint, bodies.Js
 
 
 @given(answers)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_head_and_tail_are_the_stream_without_its_usage_event(answer: tuple[Endpoint, bodies.Json]) -> None:
     endpoint, body = answer
     events = wire.unfold(endpoint, body)

@@ -50,14 +50,14 @@ def openai_client(endpoint: Endpoint, body: bodies.Json) -> Iterator[openai.Open
 
 # vLLM's own reason "repetition" and the null that its text chunks have are not in the SDK's models.
 @given(bodies.chat_bodies().filter(lambda body: all(c["finish_reason"] != "repetition" for c in body["choices"])))
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.filter_too_much])
 def test_chat_chunks_are_what_openai_says(body: bodies.Json) -> None:
     for document in documents(Endpoint.CHAT, body):
         ChatCompletionChunk.model_validate(document)
 
 
 @given(bodies.response_bodies())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_response_events_are_what_openai_says(body: bodies.Json) -> None:
     events = documents(Endpoint.RESPONSES, body)
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
@@ -66,7 +66,7 @@ def test_response_events_are_what_openai_says(body: bodies.Json) -> None:
 
 
 @given(bodies.message_bodies())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_message_events_are_what_anthropic_says(body: bodies.Json) -> None:
     for event in documents(Endpoint.MESSAGES, body):
         MESSAGE_EVENT.validate_python(event)

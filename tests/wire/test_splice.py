@@ -79,7 +79,7 @@ def test_what_says_something_else_is_never_mixed_in(sent: str, other: str) -> No
 
 
 @given(answers, st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_stream_of_every_kind_can_be_continued_from_every_event(
     answer: tuple[Endpoint, bodies.Json], data: st.DataObject
 ) -> None:

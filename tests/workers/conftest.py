@@ -8,7 +8,6 @@ import re
 import select
 import signal
 import socket
-import ssl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ import pytest
 
 from app.gate.keys import KeyFile
 from app.weights import Registry
-from tests.conftest import Process, chat, start_process, until
+from tests.conftest import NO_TLS, Process, chat, start_process, until
 from tests.sockets import post, received
 from tests.weights.conftest import publish
 
@@ -59,9 +58,7 @@ class _Network(httpcore.NetworkBackend):
 
 
 def one_connection() -> httpx.HTTPTransport:
-    transport = httpx.HTTPTransport(
-        verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    )  # the default one takes long to make
+    transport = httpx.HTTPTransport(verify=NO_TLS)
     transport._pool = httpcore.ConnectionPool(max_connections=1, network_backend=_Network())
     return transport
 

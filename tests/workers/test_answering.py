@@ -17,7 +17,7 @@ from app.gate.keys import KeyFile
 from app.gate.limits import NONE_OF_ITS_OWN
 from tests.conftest import chat, until
 from tests.ledger.reading import records
-from tests.sockets import post, received
+from tests.sockets import post, received, request_bytes
 from tests.workers.conftest import BOT, CHAT, HOT, WHOLE_WAY, House, access_lines
 
 
@@ -280,7 +280,7 @@ def test_a_purge_is_seen_at_once(house: House) -> None:
 def test_connections_are_counted_as_they_go(house: House) -> None:
     before = house.metric("refrain_connections_handed_total")
     with connected(house) as connection:
-        connection.sendall(post("/v1/models", b"", **house.keys).replace(b"POST", b"GET"))
+        connection.sendall(request_bytes("GET", "/v1/models", b"", **house.keys))
         assert received(connection)[0][0] == 200
         until(lambda: house.is_with_a_worker(connection), every_s=0.1)
     assert house.metric("refrain_connections_handed_total") >= before + 2
